@@ -1,0 +1,110 @@
+"""curves.png: how far each optimizer is, against seconds and against samples."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.results import SCORE_NAMES
+from experiments.training import Problem, Run
+
+# Fixed, so that an optimizer keeps its colour from figure to figure; distinguishable with any colour vision
+# (Okabe and Ito 2008).
+COLOURS = {"hessfree": "#0072B2", "dense-fisher": "#E69F00", "adam": "#D55E00"}
+_OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#555555")
+_INK = "#222222"
+_FAINT = "#BBBBBB"
+
+
+def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
+    """Draw the score of every run against seconds and against samples, both axes logarithmic.
+
+    Args:
+        path: The file to write, its ending gives the format.
+        problem: What was solved.
+        runs: One an optimizer.
+
+    Returns:
+        The same path.
+    """
+    # The object-oriented interface: no global figure, no window system.
+    from matplotlib.figure import Figure
+
+    score = SCORE_NAMES[problem.dataset.score]
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(
+        f"Flow matching on {problem.dataset.name}: {score} at equal seconds of training",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        color=_INK,
+    )
+    _panel(axes[0], problem, runs, "seconds", "seconds of training")
+    _panel(axes[1], problem, runs, "samples", "training samples")
+    axes[0].set_ylabel(score)
+    figure.savefig(path)
+    return path
+
+
+def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str, label: str) -> None:
+    """One panel: lines with their names at their ends, and where all began."""
+    score = problem.dataset.score
+    ends: list[tuple[float, float, str, str]] = []
+    for index, run in enumerate(runs):
+        colour = COLOURS.get(run.optimizer, _OTHERS[index % len(_OTHERS)])
+        # A logarithmic axis has no place for the start; the grey line shows its height.
+        shown = [(getattr(point, against), getattr(point, score)) for point in run.points[1:]]
+        shown = [(x, y) for x, y in shown if math.isfinite(y) and y > 0]
+        if not shown:
+            continue
+        xs, ys = zip(*shown, strict=True)
+        axis.plot(xs, ys, color=colour, linewidth=2, marker="o", markersize=3.5, label=run.optimizer)
+        ends.append((xs[-1], ys[-1], run.optimizer, colour))
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    start = getattr(runs[0].points[0], score)
+    axis.axhline(start, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axis.annotate("initial weights", (0.01, start), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                  textcoords="offset points", fontsize=8, color="#888888")
+    _name_lines(axis, ends)
+    _style(axis, label)
+
+
+def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each name beside the end of its line, pushed apart where ends are close, with room at the right."""
+    if not ends:
+        return
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right * (right / left) ** 0.22)
+    low, high = (math.log(limit) for limit in axis.get_ylim())
+    gap = 0.055 * (high - low)
+    previous = -math.inf
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        height = max(math.log(y), previous + gap)
+        previous = height
+        axis.annotate(name, (x, math.exp(height)), xytext=(8, 0), textcoords="offset points", va="center",
+                      fontsize=10, fontweight="bold", color=colour)  # fmt: skip
+
+
+def _style(axis: Any, label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+
+    axis.set_xlabel(label)
+    axis.grid(which="major", color="#E6E6E6", linewidth=0.8)
+    axis.grid(which="minor", axis="y", color="#F3F3F3", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axis.spines[side].set_color("#999999")
+    axis.tick_params(which="both", color="#999999", labelcolor=_INK)
+    low, high = axis.get_ylim()
+    if high / low < 30:
+        # Less than a decade and a half: powers of ten alone would leave one or two labels.
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.yaxis.set_major_formatter(LogFormatterSciNotation())
+    axis.yaxis.set_minor_formatter(NullFormatter())

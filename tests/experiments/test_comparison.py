@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from experiments import comparison, data
+from experiments.comparison import compare, sweep
+from experiments.optimizers import AdamSettings, choose_settings
+from experiments.training import Point, Problem, Run
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem.of(data.load("moons"), torch.device("cpu"))
+
+
+def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[float | None, int, float]] = []
+
+    def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
+        calls.append((settings.lr, int(how["seed"]), how["budget_seconds"]))
+        point = Point(1, 1, 1.0, 1.0, excess_loss=abs(settings.lr - 1e-2), holdout_loss=1.0)  # type: ignore[operator]
+        return Run(name, settings, int(how["seed"]), how["budget_seconds"], (point, point))
+
+    monkeypatch.setattr(comparison, "train", train)
+    trials = sweep(problem, "adam", AdamSettings(), seed=5, budget_seconds=8.0)
+    assert calls == [(lr, 1005, 2.0) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
+    assert min(trials, key=lambda trial: trial.score).lr == 1e-2
+    lines: list[str] = []
+    [run] = compare(problem, {"adam": AdamSettings()}, seed=5, budget_seconds=8.0, say=lines.append)
+    assert run.settings.lr == 1e-2 and run.seed == 5
+    assert len(run.sweep) == 4
+    assert "seed 1005" in lines[0] and "takes 0.01" in lines[0]
+    calls.clear()
+    compare(problem, {"adam": AdamSettings(lr=0.5)}, seed=5, budget_seconds=8.0, say=lines.append)
+    assert calls == [(0.5, 5, 8.0)]
+
+
+def test_a_diverged_trial_is_not_taken(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
+        score = 1.0 if settings.lr == 3e-3 else math.nan
+        point = Point(1, 1, 1.0, score, score, score)
+        return Run(name, settings, 0, 1.0, (point, point))
+
+    monkeypatch.setattr(comparison, "train", train)
+    [run] = compare(problem, {"adam": AdamSettings()}, seed=0, budget_seconds=1.0, say=lambda line: None)
+    assert run.settings.lr == 3e-3
+
+
+def test_all_start_from_the_same_weights_and_rows(problem: Problem) -> None:
+    names = ["hessfree", "dense-fisher", "adam"]
+    changes = [f"{name}.batch_size=16" for name in names] + ["adam.lr=0.01"]
+    seen: list[tuple[str, Point]] = []
+    runs = compare(
+        problem,
+        choose_settings(names, changes, dim=2),
+        seed=1,
+        budget_seconds=1e-3,
+        observers=[lambda name, point: seen.append((name, point))],
+        say=lambda line: None,
+    )
+    assert [run.optimizer for run in runs] == names
+    starts = {(run.points[0].train_loss, run.points[0].excess_loss, run.points[0].holdout_loss) for run in runs}
+    assert len(starts) == 1
+    for run in runs:
+        # The first step reports the loss before it: of the same rows at the same weights.
+        assert run.points[1].step == 1
+        assert run.points[1].train_loss == pytest.approx(run.points[0].train_loss, rel=1e-5)
+        assert run.points[1].excess_loss != run.points[0].excess_loss
+    assert [name for name, _ in seen] == [name for name in names for _ in range(2)]
+    assert runs[0].final.internals and not runs[2].final.internals

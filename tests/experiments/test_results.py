@@ -1,0 +1,87 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import data
+from experiments.optimizers import AdamSettings, HessianFreeSettings
+from experiments.results import TensorBoardLog, table, write_json
+from experiments.training import Point, Problem, Run, Trial
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem.of(data.load("8gaussians"), torch.device("cpu"))
+
+
+def point(step: int, excess: float, **internals: float) -> Point:
+    return Point(step, 10 * step, 0.5 * step, 5 + excess, excess, 6.0, internals)
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    hessfree = HessianFreeSettings()
+    return [
+        Run("hessfree", hessfree, 0, 2.0, (point(0, 8.0), point(6, 0.1, **{"optimizer/damping": 0.3}))),
+        Run("adam", AdamSettings(lr=0.03), 0, 2.0, (point(0, 8.0), point(4, 0.4)), (Trial(0.03, 0.5),)),
+    ]
+
+
+def test_json(problem: Problem, runs: list[Run], tmp_path: Path) -> None:
+    content = json.loads(write_json(tmp_path / "results.json", problem, runs).read_text())
+    assert content["data"] == "8gaussians"
+    assert content["environment"]["torch"] == torch.__version__
+    hessfree, adam = content["runs"]
+    assert hessfree["optimizer"] == "hessfree"
+    assert hessfree["settings"]["curvature_batch"] == 512
+    assert hessfree["seconds"] == [0.0, 3.0] and hessfree["samples"] == [0, 60]
+    assert hessfree["train_loss"] == [13.0, 5.1] and hessfree["excess_loss"] == [8.0, 0.1]
+    assert hessfree["final"]["excess_loss"] == 0.1 and hessfree["final"]["overshoot_seconds"] == 1.0
+    assert adam["settings"]["lr"] == 0.03 and adam["sweep"] == [{"lr": 0.03, "score": 0.5}]
+    assert adam["seed"] == 0
+
+
+def test_numbers_that_json_does_not_have(problem: Problem, tmp_path: Path) -> None:
+    run = Run("adam", AdamSettings(lr=9.0), 0, 2.0, (point(0, 8.0), point(4, math.nan), point(5, math.inf)))
+    text = write_json(tmp_path / "results.json", problem, [run]).read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    content = json.loads(text, parse_constant=refuse)
+    assert content["runs"][0]["excess_loss"] == [8.0, None, None]
+    assert "adam diverged" in table(problem, [run])
+
+
+def test_table(problem: Problem, runs: list[Run]) -> None:
+    lines = table(problem, runs).splitlines()
+    assert lines[0].split()[:5] == ["optimizer", "lr", "steps", "samples", "seconds"]
+    assert lines[0].endswith("/ adam") and "excess loss" in lines[0]
+    assert lines[2].split() == ["hessfree", "1", "6", "60", "3.0", "5.1", "0.1", "0.250"]
+    assert lines[3].split() == ["adam", "0.03", "4", "40", "2.0", "5.4", "0.4", "1.000"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert any("hessfree: its last step ended 1.0 s after" in line for line in lines)
+    assert table(problem, runs[:1]).splitlines()[2].split()[-1] == "-"
+
+
+def test_tensorboard(runs: list[Run], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # the second comparison replaces the first
+        log = TensorBoardLog(tmp_path, ["hessfree", "adam"], now=1000.0)
+        for run in runs:
+            for recorded in run.points:
+                log(run.optimizer, recorded)
+        log.close()
+    tags = {}
+    for run in runs:
+        events = EventAccumulator(str(tmp_path / run.optimizer)).Reload()
+        tags[run.optimizer] = set(events.Tags()["scalars"])
+        excess = events.Scalars("loss/excess")
+        assert [event.step for event in excess] == [p.step for p in run.points]
+        assert [event.wall_time for event in excess] == [1000 + p.seconds for p in run.points]
+    assert {"loss/train", "loss/excess", "loss/holdout"} <= tags["adam"]
+    assert tags["hessfree"] - tags["adam"] == {"optimizer/damping"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adam", "hessfree"]

@@ -1,0 +1,118 @@
+import math
+import time
+
+import pytest
+import torch
+
+from experiments import data, training
+from experiments.optimizers import AdamSettings
+from experiments.training import Point, Problem, Stopwatch, evaluation_times, step_length, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem.of(data.load("8gaussians"), CPU)
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which everything between two readings takes one second."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+
+
+def test_step_length() -> None:
+    assert step_length(0) == 1 and step_length(0.5) == pytest.approx(0.5)
+    assert step_length(1) == pytest.approx(0) and step_length(7) == pytest.approx(0)
+
+
+def test_evaluation_times() -> None:
+    times = evaluation_times(10)
+    assert times[0] == pytest.approx(0.1) and times[-1] == 10
+    assert times == sorted(times)
+
+
+def test_only_what_is_inside_counts(ticks: None) -> None:
+    watch = Stopwatch(CPU)
+    with watch:
+        pass
+    time.perf_counter()
+    with watch:
+        time.perf_counter()
+    assert watch.seconds == 3
+
+
+def test_initial_weights_depend_on_the_seed_alone(problem: Problem) -> None:
+    state = torch.get_rng_state()
+    first, second, other = (problem.initial_model(seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+
+
+def test_a_run_by_ticks(problem: Problem, ticks: None) -> None:
+    seen: list[tuple[str, Point]] = []
+    run = train(
+        problem,
+        "adam",
+        AdamSettings(lr=0.01, batch_size=64),
+        seed=0,
+        budget_seconds=9.5,
+        moments=[float(second) for second in range(2, 10)],
+        observer=lambda name, point: seen.append((name, point)),
+    )
+    # One second to build, then one a step; the budget ends inside the ninth, and evaluations cost nothing.
+    assert [point.seconds for point in run.points] == [float(second) for second in range(1, 11)]
+    assert [point.step for point in run.points] == list(range(10))
+    assert run.final.samples == 9 * 64
+    assert run.overshoot_seconds == 0.5
+    assert seen == [("adam", point) for point in run.points]
+    assert all(math.isfinite(point.train_loss) for point in run.points)
+
+
+def test_two_points_at_least(problem: Problem, ticks: None) -> None:
+    run = train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=0.001)
+    assert [point.step for point in run.points] == [0, 1]
+    # The loss at the start is that of the batch of the first step.
+    assert run.points[0].train_loss == run.points[1].train_loss
+
+
+def test_same_seed_same_run(problem: Problem, ticks: None) -> None:
+    settings = AdamSettings(lr=0.01, batch_size=128)
+    first, second, other = (train(problem, "adam", settings, seed=seed, budget_seconds=5) for seed in (3, 3, 4))
+    losses = [[(p.train_loss, p.excess_loss, p.holdout_loss) for p in run.points] for run in (first, second, other)]
+    assert losses[0] == losses[1] and losses[0] != losses[2]
+
+
+def test_training_helps(problem: Problem, ticks: None) -> None:
+    run = train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=60, moments=())
+    assert len(run.points) == 2
+    assert run.final.excess_loss < 0.5 * run.points[0].excess_loss
+
+
+def test_learning_rates_follow_the_budget(problem: Problem, ticks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    plain_step = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, closure: object = None) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return plain_step(self, closure)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=4)
+    assert rates == pytest.approx([0.01 * step_length(second / 4) for second in (1, 2, 3)])
+
+
+def test_internals_come_from_the_report(problem: Problem) -> None:
+    class Report:
+        def scalars(self, prefix: str) -> dict[str, float]:
+            return {f"{prefix}/damping": 0.5}
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    assert training._internals(optimizer) == {}
+    optimizer.last_step = None  # type: ignore[attr-defined]
+    assert training._internals(optimizer) == {}
+    optimizer.last_step = Report()  # type: ignore[attr-defined]
+    assert training._internals(optimizer) == {"optimizer/damping": 0.5}
