@@ -27,7 +27,7 @@ def require_extras(names: Iterable[str] = EXTRAS) -> None:
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}; run: pip install -e \".[experiments]\"")
+        raise UsageError(f'not installed: {", ".join(missing)}; run: pip install -e ".[experiments]"')
 
 
 def choose_device(name: str) -> torch.device:

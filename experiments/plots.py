@@ -10,8 +10,9 @@ from experiments.training import Problem, Run
 
 # Fixed, so that an optimizer keeps its colour from figure to figure; distinguishable with any colour vision
 # (Okabe and Ito 2008).
-COLOURS = {"hessfree": "#0072B2", "dense-fisher": "#E69F00", "adam": "#D55E00"}
-_OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#555555")
+COLOURS = {"hessfree": "#0072B2", "dense-fisher": "#009E73", "adam": "#D55E00"}
+_OTHERS = ("#E69F00", "#CC79A7", "#56B4E9", "#555555")
+_LABELS = {"seconds": "seconds of training", "samples": "training samples"}
 _INK = "#222222"
 _FAINT = "#BBBBBB"
 
@@ -41,14 +42,14 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
         fontweight="bold",
         color=_INK,
     )
-    _panel(axes[0], problem, runs, "seconds", "seconds of training")
-    _panel(axes[1], problem, runs, "samples", "training samples")
+    _panel(axes[0], problem, runs, "seconds")
+    _panel(axes[1], problem, runs, "samples")
     axes[0].set_ylabel(score)
     figure.savefig(path)
     return path
 
 
-def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str, label: str) -> None:
+def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> None:
     """One panel: lines with their names at their ends, and where all began."""
     score = problem.dataset.score
     ends: list[tuple[float, float, str, str]] = []
@@ -66,10 +67,17 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str, label
     axis.set_yscale("log")
     start = getattr(runs[0].points[0], score)
     axis.axhline(start, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axis.annotate("initial weights", (0.01, start), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                  textcoords="offset points", fontsize=8, color="#888888")
+    axis.annotate(
+        "initial weights",
+        (0.01, start),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="#777777",
+    )
     _name_lines(axis, ends)
-    _style(axis, label)
+    _style(axis, against)
 
 
 def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -84,14 +92,22 @@ def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         height = max(math.log(y), previous + gap)
         previous = height
-        axis.annotate(name, (x, math.exp(height)), xytext=(8, 0), textcoords="offset points", va="center",
-                      fontsize=10, fontweight="bold", color=colour)  # fmt: skip
+        axis.annotate(
+            name,
+            (x, math.exp(height)),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            color=colour,
+        )
 
 
-def _style(axis: Any, label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+def _style(axis: Any, against: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_xlabel(label)
+    axis.set_xlabel(_LABELS[against])
     axis.grid(which="major", color="#E6E6E6", linewidth=0.8)
     axis.grid(which="minor", axis="y", color="#F3F3F3", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -100,11 +116,13 @@ def _style(axis: Any, label: str) -> None:
     for side in ("bottom", "left"):
         axis.spines[side].set_color("#999999")
     axis.tick_params(which="both", color="#999999", labelcolor=_INK)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = axis.get_ylim()
     if high / low < 30:
-        # Less than a decade and a half: powers of ten alone would leave one or two labels.
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axis.yaxis.set_major_formatter(LogFormatterSciNotation())
+        # Powers of ten alone would leave one or two labels.
+        subs = range(1, 10) if high / low < 5 else (1, 2, 3, 5)
+        axis.yaxis.set_major_locator(LogLocator(subs=subs))
+        axis.yaxis.set_major_formatter(plain)
     axis.yaxis.set_minor_formatter(NullFormatter())
+    if against == "seconds":
+        axis.xaxis.set_major_formatter(plain)

@@ -25,16 +25,14 @@ def as_json(problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
         Plain dicts and lists. Seconds and losses are lists of equal length, from the start to the end of a run;
         a number that is not finite is None.
     """
-    return _finite(
-        {
-            "data": problem.dataset.name,
-            "dim": problem.dataset.dim,
-            "score": problem.dataset.score,
-            "noise_floor": problem.evaluation.noise_floor,
-            "environment": describe(problem.device),
-            "runs": [_run_as_json(run) for run in runs],
-        }
-    )
+    return _finite({
+        "data": problem.dataset.name,
+        "dim": problem.dataset.dim,
+        "score": problem.dataset.score,
+        "noise_floor": problem.evaluation.noise_floor,
+        "environment": describe(problem.device),
+        "runs": [_run_as_json(run) for run in runs],
+    })
 
 
 def _run_as_json(run: Run) -> dict[str, Any]:
@@ -155,18 +153,16 @@ def table(problem: Problem, runs: Sequence[Run]) -> str:
     for run in runs:
         final = run.final
         value = getattr(final, score)
-        rows.append(
-            [
-                run.optimizer,
-                f"{run.settings.lr:g}",
-                f"{final.step}",
-                f"{final.samples}",
-                f"{final.seconds:.1f}",
-                f"{final.train_loss:.4g}",
-                f"{value:.4g}",
-                f"{value / reference:.3f}" if math.isfinite(value / reference) else "-",
-            ]
-        )
+        rows.append([
+            run.optimizer,
+            f"{run.settings.lr:g}",
+            f"{final.step}",
+            f"{final.samples}",
+            f"{final.seconds:.1f}",
+            f"{final.train_loss:.4g}",
+            f"{value:.4g}",
+            f"{value / reference:.3f}" if math.isfinite(value / reference) else "-",
+        ])
     return "\n".join([*_aligned(rows), "", *_notes(problem, runs)])
 
 
