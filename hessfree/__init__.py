@@ -1,0 +1,44 @@
+"""Hessian-free optimization for PyTorch: swap the optimizer, keep the training loop.
+
+```python
+optimizer = hessfree.HessianFree(model.parameters())
+for x, y in loader:
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+```
+"""
+
+from hessfree.damping import ConstantDamping, LevenbergMarquardt
+from hessfree.line_search import Armijo, FullStep
+from hessfree.linearization import linearize
+from hessfree.momentum import QuadraticModelMomentum
+from hessfree.operators import GaussNewton, Hessian
+from hessfree.optimizer import HessianFree
+from hessfree.preconditioners import KFAC, Identity
+from hessfree.recording import mark_outputs
+from hessfree.report import StepReport
+from hessfree.solvers import CG, DenseCholesky
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "KFAC",
+    "Armijo",
+    "ConstantDamping",
+    "DenseCholesky",
+    "FullStep",
+    "GaussNewton",
+    "Hessian",
+    "HessianFree",
+    "Identity",
+    "LevenbergMarquardt",
+    "QuadraticModelMomentum",
+    "StepReport",
+    "linearize",
+    "mark_outputs",
+]

@@ -1,0 +1,137 @@
+"""Everything about the curvature at θ that one step needs: the operator, and what a preconditioner may look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hessfree.curvature_batch import Network, evaluate_network
+from hessfree.linearization import build
+from hessfree.losses import OutputHessian
+from hessfree.operators import GaussNewton, Hessian, LinearOperator
+from hessfree.preconditioners import Sample
+from hessfree.recording import (
+    Cut,
+    CutPlace,
+    Owners,
+    Path,
+    Recording,
+    explains_gradient,
+    find_cut,
+    make_cut,
+)
+from hessfree.vectors import FlatSpace, ParameterVector
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curvature:
+    """The curvature of the recorded loss at the present parameters.
+
+    Attributes:
+        operator: G (or the exact Hessian), in the recorded loss's scale.
+        backend: Which linearisation makes the products.
+        cut: In words, where the network ends.
+        samples: Samples in the curvature batch.
+        sample: What a preconditioner may look at; None where there are no outputs z.
+    """
+
+    operator: LinearOperator
+    backend: str
+    cut: str
+    samples: int
+    sample: Sample | None
+
+
+class CurvatureBuilder:
+    """Builds the curvature of one recording after another, and remembers where the cut was found.
+
+    Nothing that it remembers changes a result: a cut is a function of the structure of the calls.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, backend: str, curvature_batch: int | float | None, taps: tuple[type, ...]
+    ) -> None:
+        """Take the settings.
+
+        Args:
+            model: Search the cut only at calls of this module; None for all.
+            backend: Name of the linearisation.
+            curvature_batch: Samples to use, see `check_curvature_batch`.
+            taps: Types of modules whose inputs the preconditioner needs.
+        """
+        self._model = model
+        self._backend = backend
+        self._curvature_batch = curvature_batch
+        self._taps = taps
+        self._signature: Any = None
+        self._place: CutPlace | None = None
+
+    def keeps_inputs(self, module: nn.Module) -> bool:
+        """Tell whether to keep the inputs of calls of `module`."""
+        return isinstance(module, self._taps)
+
+    def keeps_value(self, path: Path) -> bool:
+        """Tell whether to keep the values that the call at `path` returned: all until a cut is known."""
+        return self._place is None or len(path) == 1 or path in self._place.paths
+
+    def build(
+        self, recording: Recording, parameters: ParameterVector, owners: Owners, seed: int, warn: Callable[[str], None]
+    ) -> Curvature:
+        """Build the curvature of `recording`.
+
+        Args:
+            recording: A closure's run, its graph alive.
+            parameters: The parameters.
+            owners: Modules that own them.
+            seed: For the preconditioner's random cotangents.
+            warn: Told, once a message, what the user should know.
+
+        Returns:
+            The curvature.
+        """
+        cut = self._cut(recording, parameters, warn)
+        if not cut.outputs:
+            return Curvature(Hessian(cut.tail, parameters), "graph", cut.place.words, 0, None)
+        network = evaluate_network(
+            recording, cut, self._curvature_batch, parameters, owners, self.keeps_inputs, warn
+        )
+        linearization = build(self._backend, network.outputs, network.sources, parameters, warn)
+        hessian = _output_hessian(cut, network)
+        operator = GaussNewton(linearization, hessian, parameters, cut.tail if cut.tail.has_direct else None)
+        gradients: tuple[Tensor | None, ...] = tuple(
+            g if g is None or network.leading is None else g[: network.leading] * (g.shape[0] / network.leading)
+            for g in cut.tail.gradients
+        )
+        sample = Sample(
+            parameters, network.outputs, network.calls, hessian, gradients, max(network.samples, 1), seed
+        )
+        return Curvature(operator, linearization.name, cut.place.words, network.samples, sample)
+
+    def _cut(self, recording: Recording, parameters: ParameterVector, warn: Callable[[str], None]) -> Cut:
+        signature = recording.signature()
+        if self._place is None or signature != self._signature:
+            place = find_cut(recording, parameters, self._model)
+            cut = make_cut(recording, parameters, place)
+            if not explains_gradient(cut, recording, parameters):
+                place = CutPlace(
+                    (),
+                    "none: exact Hessian",
+                    "the outputs of the modules do not explain the gradient of the loss (a custom autograd function "
+                    "whose backward is not its derivative?); HessianFree uses the exact Hessian of the loss",
+                )
+                cut = make_cut(recording, parameters, place)
+            if place.warning is not None:
+                warn(place.warning)
+            self._place, self._signature = place, signature
+            return cut
+        return make_cut(recording, parameters, self._place)
+
+
+def _output_hessian(cut: Cut, network: Network) -> OutputHessian:
+    shapes, dtypes = [o.shape for o in cut.outputs], [o.dtype for o in cut.outputs]
+    space = FlatSpace(shapes, dtypes, cut.outputs[0].device)
+    hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
+    return hessian if network.leading is None else hessian.leading(network.leading)

@@ -1,0 +1,180 @@
+"""Closed forms of the output Hessian, each with a square root to sample from."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hessfree.losses.layout import Layout, layouts
+from hessfree.vectors import FlatSpace
+
+
+class Form(abc.ABC):
+    """A closed form of H with a square root B, H = B Bᵀ (negative parts clamped to zero).
+
+    Attributes:
+        words: What a report says of it.
+        negative: Share of H's trace, in absolute value, that was negative and clamped in B.
+    """
+
+    words: str
+    negative: float = 0.0
+
+    @abc.abstractmethod
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return H w for `w` `[Z]`."""
+
+    @abc.abstractmethod
+    def root(self, e: Tensor) -> Tensor:
+        """Return B e for `e` `[Z]`."""
+
+    def sample(self, generator: torch.Generator, like: FlatSpace) -> Tensor:
+        """Draw u `[Z]` with E[u uᵀ] = H: B times random signs.
+
+        Args:
+            generator: On the outputs' device.
+            like: The flat space of the outputs.
+
+        Returns:
+            The sample.
+        """
+        signs = torch.randint(0, 2, (like.size,), generator=generator, device=like.device)
+        return self.root(signs.to(like.dtype).mul_(2).sub_(1))
+
+    @abc.abstractmethod
+    def columns(self, like: FlatSpace) -> Iterator[Tensor]:
+        """Yield u_c `[Z]`, such that within each block Σ_c u_c u_cᵀ = H.
+
+        (Entries of the sum between different blocks mean nothing.)
+
+        Args:
+            like: The flat space of the outputs.
+
+        Yields:
+            As many vectors as a block has entries.
+        """
+
+
+class DiagonalForm(Form):
+    """H = diag(h), or c·I."""
+
+    def __init__(self, h: Tensor) -> None:
+        """Take h, `[Z]` or a scalar."""
+        self.h = h
+        self._root = h.clamp_min(0).sqrt()
+        self.words = "diagonal" if h.ndim else "scalar"
+        total = h.abs().sum()
+        self.negative = float((h.clamp_max(0).abs().sum() / total.clamp_min(torch.finfo(h.dtype).tiny)))
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return H w for `w` `[Z]`."""
+        return self.h * w
+
+    def root(self, e: Tensor) -> Tensor:
+        """Return B e for `e` `[Z]`."""
+        return self._root * e
+
+    def columns(self, like: FlatSpace) -> Iterator[Tensor]:
+        """Yield one vector for each output of a sample, zero elsewhere (see `Form.columns`).
+
+        Args:
+            like: The flat space of the outputs.
+
+        Yields:
+            As many vectors as a sample has outputs.
+        """
+        root = self._root.expand(like.size)
+        rows = next((layout for layout in reversed(list(layouts(like)))), None)
+        if rows is None:
+            yield from torch.diag(root)
+            return
+        blocks = rows.gather(root)
+        for k in range(rows.width):
+            column = torch.zeros_like(blocks)
+            column[:, k] = blocks[:, k]
+            yield rows.scatter(column)
+
+
+class BlockForm(Form):
+    """H = block-diag over the blocks of a layout, each small and dense."""
+
+    def __init__(self, layout: Layout, blocks: Tensor) -> None:
+        """Take the blocks, `[count, width, width]`."""
+        self._layout = layout
+        self._blocks = blocks
+        self.words = f"blocks of {layout.width}"
+
+    @functools.cached_property
+    def _factor(self) -> Tensor:
+        values, vectors = torch.linalg.eigh(0.5 * (self._blocks + self._blocks.mT))
+        total = values.abs().sum().clamp_min(torch.finfo(values.dtype).tiny)
+        self.negative = float(values.clamp_max(0).abs().sum() / total)
+        return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return H w for `w` `[Z]`."""
+        return self._apply(self._blocks, w)
+
+    def root(self, e: Tensor) -> Tensor:
+        """Return B e for `e` `[Z]`."""
+        return self._apply(self._factor, e)
+
+    def columns(self, like: FlatSpace) -> Iterator[Tensor]:
+        """Yield the columns of every block's root (see `Form.columns`).
+
+        Args:
+            like: The flat space of the outputs.
+
+        Yields:
+            `width` vectors.
+        """
+        for k in range(self._layout.width):
+            yield self._layout.scatter(self._factor[:, :, k])
+
+    def _apply(self, blocks: Tensor, w: Tensor) -> Tensor:
+        return self._layout.scatter(torch.einsum("bij,bj->bi", blocks, self._layout.gather(w)))
+
+
+class SoftmaxForm(Form):
+    """H = s (diag(p) − p pᵀ) in each block: cross-entropy of a softmax, with a weight s a block.
+
+    Its root is B = √s (diag(√p) − p √pᵀ), since pᵀ1 = 1.
+    """
+
+    def __init__(self, layout: Layout, p: Tensor, scale: Tensor) -> None:
+        """Take the probabilities `[count, width]` and the weights `[count, 1]`."""
+        self._layout = layout
+        self._p = p
+        self._scale = scale
+        self.words = f"softmax over {layout.width}"
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return H w for `w` `[Z]`."""
+        w = self._layout.gather(w)
+        return self._layout.scatter(self._scale * self._p * (w - (self._p * w).sum(1, True)))
+
+    def root(self, e: Tensor) -> Tensor:
+        """Return B e for `e` `[Z]`."""
+        return self._layout.scatter(self._root(self._layout.gather(e)))
+
+    def columns(self, like: FlatSpace) -> Iterator[Tensor]:
+        """Yield the columns of every block's root (see `Form.columns`).
+
+        Args:
+            like: The flat space of the outputs.
+
+        Yields:
+            `width` vectors.
+        """
+        for k in range(self._layout.width):
+            unit = torch.zeros_like(self._p)
+            unit[:, k] = 1
+            yield self._layout.scatter(self._root(unit))
+
+    def _root(self, e: Tensor) -> Tensor:
+        half = self._p.sqrt()
+        return self._scale.clamp_min(0).sqrt() * (half * e - self._p * (half * e).sum(1, True))

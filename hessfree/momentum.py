@@ -1,0 +1,89 @@
+"""Momentum without a rate to tune: the exact minimiser of the quadratic model over two directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hessfree.operators import LinearOperator
+from hessfree.solvers import Solution
+
+
+class Direction(NamedTuple):
+    """A direction with its product, so that the model's value along it costs nothing more.
+
+    Attributes:
+        value: d, `[P]`.
+        product: (A + D) d, `[P]`.
+    """
+
+    value: Tensor
+    product: Tensor
+
+
+class Momentum(Protocol):
+    """Combines the solver's direction with the previous step."""
+
+    def combine(
+        self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, previous: Tensor | None
+    ) -> Direction:
+        """Return the direction to take.
+
+        Args:
+            operator: A, `[P, P]`.
+            rhs: b, `[P]`.
+            shift: The diagonal of D: a number, or `[P]`.
+            solution: What the solver found for (A + D) x = b.
+            previous: The previous step, `[P]`; None at first.
+
+        Returns:
+            The direction.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticModelMomentum:
+    """Minimise m(d) = ½ dᵀ(A + D)d − bᵀd over span{x, previous step} (Martens & Grosse 2015, sec. 7).
+
+    One product more a step; the solver's own x needs none, since (A + D)x = b − r.
+    """
+
+    def combine(
+        self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, previous: Tensor | None
+    ) -> Direction:
+        """Return the minimiser (see `Momentum.combine`).
+
+        Args:
+            operator: A, `[P, P]`.
+            rhs: b, `[P]`.
+            shift: The diagonal of D: a number, or `[P]`.
+            solution: What the solver found for (A + D) x = b.
+            previous: The previous step, `[P]`; None at first.
+
+        Returns:
+            The direction; the solver's own where the previous step adds nothing.
+        """
+        directions = [solution.value]
+        products = [rhs - solution.residual]
+        if previous is not None:
+            directions.append(previous)
+            products.append(operator.matvec(previous) + shift * previous)
+        d, ad = torch.stack(directions), torch.stack(products)
+        # the 2x2 system is solved on the host in double precision: its two directions are often nearly parallel
+        system = torch.cat([d @ ad.T, (d @ rhs)[:, None]], 1).to("cpu").double()
+        matrix, b = 0.5 * (system[:, :-1] + system[:, :-1].T), system[:, -1]
+        weights = _minimiser(matrix, b).to(device=rhs.device, dtype=rhs.dtype)
+        return Direction(weights @ d, weights @ ad)
+
+
+def _minimiser(matrix: Tensor, b: Tensor) -> Tensor:
+    """Return the minimiser of ½ wᵀ M w − bᵀ w over the directions of M that are safely positive."""
+    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale)
+    # float32 products leave an error of about 1e-7 in the scaled matrix, whose largest eigenvalue is at most 2
+    inverse = torch.where(values > 1e-6, 1 / values, 0)
+    return scale * (vectors @ (inverse * (vectors.T @ (scale * b))))

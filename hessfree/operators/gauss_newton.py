@@ -1,0 +1,187 @@
+"""The generalised Gauss-Newton matrix G = JᵀHJ, by products (Schraudolph 2002; Martens 2010, sec. 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessfree.linearization import Linearization, build, check_backend, run_model
+from hessfree.losses import OutputHessian
+from hessfree.operators.base import LinearOperator
+from hessfree.recording import Tail
+from hessfree.vectors import FlatSpace, ParameterVector
+
+CHUNK = 2**24  # numbers of J held at once while the dense matrix is formed
+
+
+class GaussNewton(LinearOperator):
+    """G = JᵀHJ, plus the exact second derivatives of what the loss adds to the network's outputs.
+
+    J `[Z, P]` is the Jacobian of the network's outputs z in the parameters, H `[Z, Z]` the Hessian of the
+    loss in z. Where the loss uses parameters directly (a weight penalty), the Hessian of ell in (z, theta)
+    takes the place of H, and G = [J; I]ᵀ (∇² ell) [J; I].
+
+    Attributes:
+        size: P.
+        dtype: Dtype of its vectors.
+        device: Device of its vectors.
+        linearization: J.
+        output_hessian: H; None stands for the identity (and G for JᵀJ).
+    """
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        output_hessian: OutputHessian | None,
+        parameters: ParameterVector,
+        direct: Tail | None = None,
+    ) -> None:
+        """Compose the operator.
+
+        Args:
+            linearization: J.
+            output_hessian: H; None for the identity.
+            parameters: The parameters.
+            direct: The loss behind z, where it uses parameters directly.
+        """
+        self.size, self.dtype, self.device = parameters.size, parameters.dtype, parameters.device
+        self.linearization = linearization
+        self.output_hessian = output_hessian
+        self._parameters = parameters
+        self._direct = direct
+
+    @classmethod
+    def from_model(cls, model: nn.Module, inputs: Any, *, linearization: str = "auto") -> GaussNewton:
+        """Return the plain JᵀJ of `model` at its present parameters: the Fisher matrix of unit-variance outputs.
+
+        Args:
+            model: A module with parameters that require grad; vectors follow their order.
+            inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            linearization: The back end: "auto", "graph" or "functional".
+
+        Returns:
+            The operator, a sum (not a mean) over samples and outputs.
+        """
+        check_backend(linearization)
+        parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
+        call, _ = run_model(model, inputs, parameters)
+        return cls(build(linearization, call.outputs, [call], parameters, _raise), None, parameters)
+
+    @classmethod
+    def from_loss(
+        cls,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        *,
+        linearization: str = "auto",
+    ) -> GaussNewton:
+        """Return the Gauss-Newton matrix of `loss_fn(model(inputs), targets)` at the present parameters.
+
+        Args:
+            model: A module with parameters that require grad; vectors follow their order.
+            loss_fn: Takes what the model returned, and `targets`; returns a scalar.
+            inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            targets: Passed on to `loss_fn`.
+            linearization: The back end: "auto", "graph" or "functional".
+
+        Returns:
+            The operator, in the loss's own scale (a mean stays a mean).
+
+        Raises:
+            ValueError: The loss is not a scalar, or does not depend on the model's outputs.
+        """
+        check_backend(linearization)
+        parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
+        call, returned = run_model(model, inputs, parameters)
+        loss = loss_fn(returned, targets)
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar; reduce it first")
+        tail = Tail(loss, call.outputs, parameters.params)
+        used = [o for o, g in zip(call.outputs, tail.gradients, strict=True) if g is not None]
+        if not used:
+            raise ValueError(
+                f"the loss does not depend on what {type(model).__name__} returned; pass it through without detach()"
+            )
+        tail = Tail(loss, used, parameters.params)
+        network = build(linearization, used, [call], parameters, _raise)
+        values = [o.value for o in used]
+        hessian = OutputHessian(lambda w: tail.product(w)[0], network.space, values)
+        return cls(network, hessian, parameters, tail if tail.has_direct else None)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return G v `[P]` for `v` `[P]`."""
+        jv = self.linearization.jvp(v)
+        if self.output_hessian is None:
+            return self.linearization.vjp(jv)
+        if self._direct is None:
+            return self.linearization.vjp(self.output_hessian.matvec(jv))
+        if not self._direct.coupled:
+            _, direct = self._direct.product(None, self._parameters.split(v))
+            return self._parameters.flatten(direct).add_(self.linearization.vjp(self.output_hessian.matvec(jv)))
+        space = self.linearization.space
+        along_z, along_theta = self._direct.product(space.split(jv), self._parameters.split(v))
+        product = self._parameters.flatten(along_theta)
+        return product.add_(self.linearization.vjp(space.flatten(along_z)))
+
+    def to_dense(self) -> Tensor:
+        """Return G `[P, P]`, formed from rows of J by one vectorised backward pass a chunk.
+
+        Returns:
+            The exactly symmetric matrix.
+        """
+        if self._direct is not None:
+            return super().to_dense()
+        dense = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
+        form = None if self.output_hessian is None else self.output_hessian.form
+        if self.output_hessian is None or form is not None:
+            for rows in self._root_rows():
+                dense.addmm_(rows.T, rows)
+            if form is None or form.negative == 0:
+                return dense
+            dense.zero_()  # H is indefinite, and a root cannot carry the sign
+        jacobian = torch.cat(list(self._rows()))
+        for i in range(0, self.size, 512):
+            columns = jacobian[:, i : i + 512]
+            assert self.output_hessian is not None
+            weighted = torch.stack([self.output_hessian.matvec(c) for c in columns.unbind(1)], 1)
+            dense[:, i : i + 512] = jacobian.T @ weighted
+        return 0.5 * (dense + dense.T)
+
+    def diagonal(self) -> Tensor:
+        """Return the exact diagonal `[P]`."""
+        form = None if self.output_hessian is None else self.output_hessian.form
+        if self._direct is not None or (self.output_hessian is not None and (form is None or form.negative > 0)):
+            return super().diagonal()
+        out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for rows in self._root_rows():
+            out.add_(rows.square_().sum(0))
+        return out
+
+    def _root_rows(self) -> Iterator[Tensor]:
+        """Yield rows of BᵀJ in chunks, where H = B Bᵀ: then G is their Gram matrix."""
+        form = None if self.output_hessian is None else self.output_hessian.form
+        for units in self._unit_rows():
+            roots = units if form is None else torch.stack([form.root(unit) for unit in units])
+            yield self.linearization.vjps(roots)
+
+    def _rows(self) -> Iterator[Tensor]:
+        for units in self._unit_rows():
+            yield self.linearization.vjps(units)
+
+    def _unit_rows(self) -> Iterator[Tensor]:
+        space: FlatSpace = self.linearization.space
+        step = max(1, CHUNK // self.size)
+        for i in range(0, space.size, step):
+            count = min(step, space.size - i)
+            units = torch.zeros(count, space.size, dtype=space.dtype, device=space.device)
+            units[torch.arange(count), torch.arange(i, i + count)] = 1
+            yield units
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)

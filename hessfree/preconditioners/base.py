@@ -1,0 +1,93 @@
+"""What a preconditioner is: a symmetric positive definite M ≈ G + λI whose inverse is cheap.
+
+A preconditioner object holds settings only. What it has learned is a plain dict of tensors and numbers that
+`update` returns anew and never changes in place, so that a rejected step can drop it and a checkpoint can
+hold it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hessfree.losses import OutputHessian
+from hessfree.recording import Call, Output
+from hessfree.solvers import Map
+from hessfree.vectors import ParameterVector
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """The network on the curvature batch, with its graph: what a preconditioner may look at.
+
+    Attributes:
+        parameters: The parameters.
+        outputs: z.
+        calls: The recorded calls; those of tapped modules hold their inputs.
+        hessian: H, the Hessian of the loss in z.
+        gradients: The gradient of the loss in z, one an output; None where the loss does not use it.
+        samples: N, the number of samples.
+        seed: For random cotangents; differs from step to step.
+    """
+
+    parameters: ParameterVector
+    outputs: tuple[Output, ...]
+    calls: tuple[Call, ...]
+    hessian: OutputHessian
+    gradients: tuple[Tensor | None, ...]
+    samples: int
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """Return a generator on the outputs' device, seeded by the step."""
+        return torch.Generator(self.hessian.space.device).manual_seed(self.seed)
+
+
+class Preconditioner(Protocol):
+    """Approximates (k G + D)⁻¹ for a diagonal D that may change at every step."""
+
+    @property
+    def taps(self) -> tuple[type[nn.Module], ...]:
+        """The types of modules whose inputs `update` needs."""
+        ...
+
+    def due(self, state: State, step: int) -> bool:
+        """Tell whether `update` wants a sample at step number `step`."""
+        ...
+
+    def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
+        """Learn from `sample`.
+
+        Args:
+            state: What was learned so far; empty at first. Not changed.
+            sample: The network on the curvature batch.
+            step: Number of the step.
+
+        Returns:
+            The new state, and a warning or None.
+        """
+        ...
+
+    def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
+        """Return the map r ↦ M⁻¹ r.
+
+        Args:
+            state: What was learned.
+            parameters: The parameters.
+            scale: k: the solver's matrix is k times the sample's G.
+            shifts: The diagonal of D, one number a parameter.
+
+        Returns:
+            The map on `[P]` vectors; None for the identity.
+        """
+        ...
+
+    def describe(self, state: State) -> str:
+        """Return what a report says of it."""
+        ...

@@ -1,0 +1,237 @@
+"""The tree of calls of the modules that own our parameters, recorded while a closure runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from hessfree.recording.random_state import RandomState
+from hessfree.vectors import ParameterVector
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Output:
+    """One tensor that a call returned, as it was when the call returned it.
+
+    The gradient edge is taken at that moment, so that an in-place operation on the tensor later (a
+    mask, an in-place activation) does not move it.
+
+    Attributes:
+        edge: Where the tensor stands in the autograd graph.
+        shape: Its shape.
+        dtype: Its dtype.
+        device: Its device.
+        value: The tensor, detached; it shares memory with what the closure went on to use. None where
+            keeping it would keep memory alive that nothing else needs.
+        leaf: Its place among the leaves of what was returned, differentiable or not.
+    """
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    value: Tensor | None
+    leaf: int = 0
+
+    @classmethod
+    def all_of(cls, returned: Any, keep_value: bool = True) -> tuple[Output, ...]:
+        """Describe the differentiable tensors in `returned`.
+
+        Args:
+            returned: Any nesting of tuples, lists and dicts.
+            keep_value: Whether to keep the values.
+
+        Returns:
+            One output for each tensor with a graph, in pytree order; leaves of the graph (a parameter
+            returned as it is) have no Jacobian of their own and are left out.
+        """
+        return tuple(
+            cls(get_gradient_edge(t), t.shape, t.dtype, t.device, t.detach() if keep_value else None, i)
+            for i, t in enumerate(tree_leaves(returned))
+            if isinstance(t, Tensor) and t.requires_grad and t.grad_fn is not None
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module that owns at least one of the parameters.
+
+    Attributes:
+        module: The module.
+        inputs: Its positional arguments.
+        keywords: Its keyword arguments.
+        outputs: The differentiable tensors among what it returned, in pytree order.
+        children: The calls that it made, in order.
+        path: Its place in the tree: the index of each call on the way down from the outermost.
+        random: Random state before the call; recorded for outermost calls and on request.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+    outputs: tuple[Output, ...] = ()
+    children: list[Call] = dataclasses.field(default_factory=list)
+    path: tuple[int, ...] = ()
+    random: RandomState | None = None
+
+    def walk(self) -> Iterator[Call]:
+        """Yield this call and all below it, in the order in which they began.
+
+        Yields:
+            Each call.
+        """
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what stays the same as long as the same modules call each other in the same way."""
+        return (id(self.module), len(self.outputs), tuple(child.signature() for child in self.children))
+
+
+class Owners:
+    """Which modules own at least one of a set of parameters; remembered, since it is asked at every call."""
+
+    def __init__(self, parameters: ParameterVector) -> None:
+        """Ask about `parameters`."""
+        self._parameters = parameters
+        self._known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    def __contains__(self, module: object) -> bool:
+        """Tell whether `module` or a part of it holds one of the parameters."""
+        assert isinstance(module, nn.Module)
+        known = self._known.get(module)
+        if known is None:
+            known = any(p in self._parameters for p in module.parameters())
+            self._known[module] = known
+        return known
+
+
+class CallTree:
+    """Records calls while it is entered, through global module hooks that are gone when it is left.
+
+    Attributes:
+        roots: The outermost calls.
+        buffers: The buffers of every module called, as they were before its first call.
+        paused: While true nothing is recorded (a checkpoint recomputes modules inside backward).
+    """
+
+    def __init__(
+        self,
+        owners: Owners,
+        device: torch.device,
+        keep_inputs: Callable[[nn.Module], bool],
+        keep_value: Callable[[tuple[int, ...]], bool],
+    ) -> None:
+        """Prepare to record.
+
+        Args:
+            owners: The modules to record.
+            device: Whose random state to take down before an outermost call.
+            keep_inputs: For which inner modules to keep the arguments; outermost calls keep theirs.
+            keep_value: At which paths of the tree to keep the values of the outputs.
+        """
+        self.roots: list[Call] = []
+        self.buffers = BufferStates()
+        self.paused = False
+        self._owners = owners
+        self._device = device
+        self._keep_inputs = keep_inputs
+        self._keep_value = keep_value
+        self._stack: list[Call] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> CallTree:
+        """Begin to record."""
+        self._handles = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop recording."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.paused:
+            return
+        if not self._stack:
+            self.buffers.see(module)
+        if module not in self._owners:
+            return
+        outermost = not self._stack
+        siblings = self.roots if outermost else self._stack[-1].children
+        path = (() if outermost else self._stack[-1].path) + (len(siblings),)
+        call = Call(module, args if outermost or self._keep_inputs(module) else (), path=path)
+        if outermost:
+            call.random = RandomState.capture(self._device)
+        siblings.append(call)
+        self._stack.append(call)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
+        # torch passes no kwargs where the forward raised and the hook runs only because of always_call
+        if self.paused or module not in self._owners:
+            return
+        call = self._stack.pop()
+        if call.inputs or not self._stack:
+            call.keywords = kwargs_and_output[0] if len(kwargs_and_output) == 2 else {}
+        call.outputs = Output.all_of(kwargs_and_output[-1], self._keep_value(call.path))
+
+
+class BufferStates:
+    """The buffers of modules, taken down so that running statistics can be put back.
+
+    A buffer that was replaced by another tensor is put back as the object it was.
+    """
+
+    def __init__(self) -> None:
+        """Start with no module seen."""
+        self._seen: set[nn.Module] = set()
+        self._states: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def see(self, module: nn.Module) -> None:
+        """Take down the buffers of `module` and its parts unless they are known already."""
+        if module in self._seen:
+            return
+        for part in module.modules():
+            if part in self._seen:
+                continue
+            self._seen.add(part)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    self._states.append((part, name, buffer, buffer.detach().clone()))
+
+    def now(self) -> BufferStates:
+        """Return the present states of the same modules' buffers."""
+        other = BufferStates()
+        for module in self._seen:
+            other._seen.add(module)
+        for module, name, _, _ in self._states:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                other._states.append((module, name, buffer, buffer.detach().clone()))
+        return other
+
+    def restore(self) -> None:
+        """Put every buffer back, unseen by autograd's version counters."""
+        for module, name, buffer, value in self._states:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)
+
+    def finite(self) -> bool:
+        """Tell whether every floating point buffer holds finite numbers only, as it is now."""
+        for module, name, _, _ in self._states:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+                return False
+        return True

@@ -1,0 +1,86 @@
+"""What a solver is: it minimises m(x) = ½ xᵀ(A + D)x − bᵀx for a symmetric A known by its products."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from hessfree.operators import LinearOperator
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Status(enum.Enum):
+    """Why a solver stopped, as a person reads it."""
+
+    CONVERGED = "residual below the tolerance"
+    PROGRESS = "the quadratic model stopped improving"
+    ITERATIONS = "iteration limit"
+    DIRECT = "solved directly"
+    PRECONDITIONER = "the preconditioner alone"
+    NEGATIVE_CURVATURE = "non-positive curvature; raise damping"
+    NON_FINITE = "a product or the preconditioner gave a number that is not finite"
+    NO_BETTER = "no better than the start"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver found.
+
+    Attributes:
+        value: x, `[P]`; finite, and with m(x) no greater than at the start.
+        residual: b − (A + D)x, `[P]`.
+        status: Why the solver stopped.
+        iterations: Iterations taken.
+        residuals: ‖b − (A + D)x‖ / ‖b‖ before the first and after each iteration.
+    """
+
+    value: Tensor
+    residual: Tensor
+    status: Status
+    iterations: int
+    residuals: tuple[float, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the numbers themselves broke down."""
+        return self.status is Status.NON_FINITE
+
+
+class Solver(Protocol):
+    """Solves (A + D) x = b.
+
+    Attributes:
+        uses_preconditioner: Whether `solve` looks at its preconditioner at all.
+    """
+
+    @property
+    def uses_preconditioner(self) -> bool:
+        """Whether `solve` looks at its preconditioner at all."""
+        ...
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        shift: float | Tensor,
+        precondition: Map | None = None,
+        start: Tensor | None = None,
+    ) -> Solution:
+        """Solve (A + diag(shift)) x = rhs.
+
+        Args:
+            operator: A, `[P, P]`.
+            rhs: b, `[P]`.
+            shift: The diagonal of D: a number, or `[P]`.
+            precondition: Multiplies by an approximation of (A + D)⁻¹.
+            start: First iterate, `[P]`; zero if None.
+
+        Returns:
+            The solution.
+        """
+        ...

@@ -1,0 +1,182 @@
+"""Ordered sets of tensors seen as one flat vector, and back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FlatSpace:
+    """The map between a list of tensors and one flat vector.
+
+    The tensors stand in their order, each row-major. The flat dtype is theirs, promoted to at least
+    float32: conjugate gradients lose their conjugacy in half precision long before a network does.
+
+    Attributes:
+        shapes: Shape of each tensor.
+        dtypes: Dtype of each tensor.
+        numels: Number of elements of each tensor.
+        size: Number of elements of all tensors.
+        dtype: Dtype of the flat vectors.
+        device: The one device of all tensors.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+        """Describe tensors of these shapes and dtypes on `device`."""
+        self.shapes = list(shapes)
+        self.dtypes = list(dtypes)
+        self.device = device
+        self.numels = [shape.numel() for shape in shapes]
+        self.size = sum(self.numels)
+        self.dtype = torch.float32
+        for dtype in dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self._uniform = all(dtype == self.dtype for dtype in dtypes)
+
+    def zeros(self) -> Tensor:
+        """Return the zero vector, `[size]`."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Join the tensors into one vector.
+
+        Args:
+            tensors: As many as the space has, each with its number of elements; None stands for zeros.
+
+        Returns:
+            A new `[size]` vector without graph, which shares no memory with the tensors.
+        """
+        pieces = []
+        for t, n in zip(tensors, self.numels, strict=True):
+            if t is None:
+                pieces.append(torch.zeros(n, dtype=self.dtype, device=self.device))
+            else:
+                flat = t.detach().reshape(-1)
+                pieces.append(flat if flat.dtype == self.dtype else flat.to(self.dtype))
+        return torch.cat(pieces)  # copies even a single piece
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return `vector` `[size]` as views of the tensors' shapes (copies where their dtype differs)."""
+        views = [piece.view(shape) for piece, shape in zip(vector.split(self.numels), self.shapes, strict=True)]
+        if self._uniform:
+            return views
+        return [v.to(dtype) for v, dtype in zip(views, self.dtypes, strict=True)]
+
+
+class ParameterVector(FlatSpace):
+    """The flat space `[P]` of an ordered set of parameters.
+
+    Attributes:
+        params: The parameters, each once.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        """Describe `params`.
+
+        Args:
+            params: Floating point tensors on one device; a tensor that stands twice counts once.
+
+        Raises:
+            ValueError: No parameter, or parameters that are complex, integer, uninitialised or on
+                several devices.
+        """
+        self.params: tuple[Tensor, ...] = tuple({id(p): p for p in params}.values())
+        if not self.params:
+            raise ValueError("no parameter that requires grad was given; pass for example model.parameters()")
+        for p in self.params:
+            _check(p)
+        devices = sorted({str(p.device) for p in self.params})
+        if len(devices) > 1:
+            raise ValueError(
+                f"parameters are on several devices ({', '.join(devices)}), but one flat vector lives on one; "
+                "move the model to a single device before building the optimizer"
+            )
+        super().__init__([p.shape for p in self.params], [p.dtype for p in self.params], self.params[0].device)
+        self._indices = {id(p): i for i, p in enumerate(self.params)}
+        ends = list(itertools.accumulate(self.numels))
+        self._slices = [slice(end - n, end) for end, n in zip(ends, self.numels, strict=True)]
+
+    def __contains__(self, tensor: object) -> bool:
+        """Tell whether `tensor` is one of the parameters (by identity)."""
+        return id(tensor) in self._indices
+
+    def index_of(self, param: Tensor) -> int:
+        """Return the number of `param` in the order of the parameters."""
+        return self._indices[id(param)]
+
+    def slice_of(self, param: Tensor) -> slice:
+        """Return where `param` stands in the flat vector."""
+        return self._slices[self._indices[id(param)]]
+
+    def values(self) -> Tensor:
+        """Return a copy of the parameters as one `[P]` vector."""
+        return self.flatten(self.params)
+
+    def gradients(self) -> Tensor:
+        """Return a copy of every `p.grad` as one `[P]` vector; a missing gradient counts as zero."""
+        return self.flatten([p.grad for p in self.params])
+
+    def backup(self) -> list[Tensor]:
+        """Return copies of the parameters, bit for bit, for `restore`."""
+        return [p.detach().clone() for p in self.params]
+
+    def restore(self, backup: Sequence[Tensor]) -> None:
+        """Write back what `backup` returned, unseen by autograd's version counters."""
+        for p, b in zip(self.params, backup, strict=True):
+            p.data.copy_(b)
+
+    def try_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
+        """Write `backup + step` into the parameters, unseen by autograd's version counters.
+
+        A graph that was kept stays legal, and is right again as soon as `restore` has run. (`p.data`
+        carries a version counter of its own, which is why the graph does not notice.)
+
+        Args:
+            backup: What `backup` returned.
+            step: A `[P]` vector.
+        """
+        for p, b, s in zip(self.params, backup, self.split(step), strict=True):
+            p.data.copy_(b + s)
+
+    def take_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
+        """Write `backup + step` into the parameters for good, as any optimizer does.
+
+        Args:
+            backup: What `backup` returned.
+            step: A `[P]` vector.
+        """
+        with torch.no_grad():
+            for p, b, s in zip(self.params, backup, self.split(step), strict=True):
+                p.copy_(b + s)
+
+    def uniform_or_vector(self, values: Sequence[float]) -> float | Tensor:
+        """Turn one number a parameter into the number all share, or else a `[P]` vector.
+
+        Args:
+            values: As many numbers as there are parameters.
+
+        Returns:
+            A float where all are equal, which keeps `values * vector` one cheap kernel.
+        """
+        if all(v == values[0] for v in values):
+            return values[0]
+        return torch.cat(
+            [torch.full((n,), v, dtype=self.dtype, device=self.device) for v, n in zip(values, self.numels, strict=True)]
+        )
+
+
+def _check(p: Tensor) -> None:
+    if isinstance(p, torch.nn.parameter.UninitializedParameter):
+        raise ValueError(
+            "a parameter is uninitialised (a lazy module); run one forward pass before building the optimizer"
+        )
+    if not p.is_floating_point():
+        kind = "complex" if p.is_complex() else "integer"
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}, and {kind} parameters have no Gauss-Newton "
+            "matrix here; keep it out of the optimizer"
+            + (", or store its real view (torch.view_as_real)" if p.is_complex() else "")
+        )
