@@ -52,16 +52,23 @@ class CurvatureBuilder:
     """
 
     def __init__(
-        self, model: nn.Module | None, backend: str, curvature_batch: int | float | None, taps: tuple[type, ...]
+        self,
+        owners: Owners,
+        model: nn.Module | None,
+        backend: str,
+        curvature_batch: int | float | None,
+        taps: tuple[type, ...],
     ) -> None:
         """Take the settings.
 
         Args:
+            owners: The modules that own the parameters.
             model: Search the cut only at calls of this module; None for all.
             backend: Name of the linearisation.
             curvature_batch: Samples to use, see `check_curvature_batch`.
             taps: Types of modules whose inputs the preconditioner needs.
         """
+        self._owners = owners
         self._model = model
         self._backend = backend
         self._curvature_batch = curvature_batch
@@ -78,14 +85,13 @@ class CurvatureBuilder:
         return self._place is None or len(path) == 1 or path in self._place.paths
 
     def build(
-        self, recording: Recording, parameters: ParameterVector, owners: Owners, seed: int, warn: Callable[[str], None]
+        self, recording: Recording, parameters: ParameterVector, seed: int, warn: Callable[[str], None]
     ) -> Curvature:
         """Build the curvature of `recording`.
 
         Args:
             recording: A closure's run, its graph alive.
             parameters: The parameters.
-            owners: Modules that own them.
             seed: For the preconditioner's random cotangents.
             warn: Told, once a message, what the user should know.
 
@@ -96,7 +102,7 @@ class CurvatureBuilder:
         if not cut.outputs:
             return Curvature(Hessian(cut.tail, parameters), "graph", cut.place.words, 0, None)
         network = evaluate_network(
-            recording, cut, self._curvature_batch, parameters, owners, self.keeps_inputs, warn
+            recording, cut, self._curvature_batch, parameters, self._owners, self.keeps_inputs, warn
         )
         linearization = build(self._backend, network.outputs, network.sources, parameters, warn)
         hessian = _output_hessian(cut, network)

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hessfree.recording import Call, CallTree, Cut, Output, Owners, RandomState, Recording, call_at
 from hessfree.vectors import ParameterVector
 
-
 SMALLEST_SHARE = 256  # a share of the batch never means fewer samples: below that curvature is noise
 
 
@@ -82,6 +81,9 @@ def evaluate_network(
 
     Returns:
         The network, whose graph leads to `parameters`.
+
+    Raises:
+        ValueError: A part is asked for, and dimension 0 of outputs or inputs is no batch dimension.
     """
     count = _samples(cut)
     whole = Network(cut.outputs, tuple(recording.roots), cut.calls, count)
@@ -125,8 +127,9 @@ def _not_sliceable(recording: Recording, cut: Cut) -> str | None:
     count = _samples(cut)
     if not any(t.ndim and t.shape[0] == count for t in inputs):
         raise ValueError(
-            f"curvature_batch takes the first samples along dimension 0: the outputs have {count} there, but the inputs "
-            f"of {type(root.module).__name__} have shapes {[tuple(t.shape) for t in inputs]}; use curvature_batch=None"
+            f"curvature_batch takes the first samples along dimension 0: the outputs have {count} there, but the "
+            f"inputs of {type(root.module).__name__} have shapes {[tuple(t.shape) for t in inputs]}; use "
+            "curvature_batch=None"
         )
     return None
 

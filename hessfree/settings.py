@@ -1,0 +1,77 @@
+"""The strategies that make up one HessianFree optimizer, checked once and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from hessfree.curvature_batch import check_curvature_batch
+from hessfree.damping import DampingRule
+from hessfree.line_search import LineSearch
+from hessfree.linearization import check_backend
+from hessfree.momentum import Momentum
+from hessfree.preconditioners import Preconditioner
+from hessfree.solvers import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything of a HessianFree optimizer that is not a number of a parameter group.
+
+    Attributes:
+        model: Look for the network's outputs only at calls of this module; None finds them.
+        solver: Solves the damped system.
+        preconditioner: Approximates the damped matrix for the solver.
+        damping_rule: Changes λ by how well the quadratic model predicted.
+        line_search: Chooses how far to go along the direction.
+        momentum: Combines the direction with the previous step; None does not.
+        curvature_batch: Samples of the batch that G is formed on; None for all.
+        linearization: Back end of the products.
+        seed: For the preconditioner's random cotangents.
+    """
+
+    model: nn.Module | None
+    solver: Solver
+    preconditioner: Preconditioner
+    damping_rule: DampingRule
+    line_search: LineSearch
+    momentum: Momentum | None
+    curvature_batch: int | float | None
+    linearization: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: A number or a name is out of range.
+        """
+        check_backend(self.linearization)
+        check_curvature_batch(self.curvature_batch)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+        if not (self.model is None or isinstance(self.model, nn.Module)):
+            raise ValueError(f"model={self.model!r} must be a torch.nn.Module or None")
+        _check_has("solver", self.solver, "solve", "hessfree.CG(max_iterations=10)")
+        _check_has("preconditioner", self.preconditioner, "inverse", "hessfree.KFAC()")
+        _check_has("damping_rule", self.damping_rule, "next_damping", "hessfree.LevenbergMarquardt()")
+        _check_has("line_search", self.line_search, "search", "hessfree.FullStep()")
+        if self.momentum is not None:
+            _check_has("momentum", self.momentum, "combine", "hessfree.QuadraticModelMomentum()")
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether the solver looks at the preconditioner at all."""
+        return self.solver.uses_preconditioner
+
+    @property
+    def taps(self) -> tuple[type[nn.Module], ...]:
+        """Types of modules whose inputs have to be recorded."""
+        return self.preconditioner.taps if self.preconditions else ()
+
+
+def _check_has(name: str, value: Any, method: str, example: str) -> None:
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise ValueError(f"{name}={value!r} has no method {method}(); pass an object such as {example}")
