@@ -90,6 +90,6 @@ def test_every_optimizer_takes_the_closure(name: str) -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(4)]  # type: ignore[arg-type]
+    losses = [optimizer.step(closure).item() for _ in range(4)]  # type: ignore[arg-type, attr-defined]
     assert losses == sorted(losses, reverse=True)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
