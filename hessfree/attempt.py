@@ -139,7 +139,10 @@ class Attempt:
         found = self._search(step, terms.slope) if replayable else Found(1.0, math.nan, True, "accepted")
         alpha = found.step_length
         predicted = terms.predicted(alpha)
-        ratio = (found.loss - self._loss + terms.decay_change(alpha)) / predicted if predicted < 0 else math.nan
+        # a change within rounding of the loss says nothing about the model
+        noise = 10 * torch.finfo(self._recording.loss.dtype).eps * abs(self._loss)
+        change = found.loss - self._loss + terms.decay_change(alpha)
+        ratio = change / predicted if abs(predicted) > noise else math.nan
         self._facts |= {"loss_after": found.loss, "predicted_change": predicted, "reduction_ratio": ratio}
         if not found.accepted:
             return self._reject(found.why, ratio, replayable)
