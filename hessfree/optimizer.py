@@ -171,6 +171,7 @@ class HessianFree(Optimizer):
                 "loss = ...; loss.backward(); return loss. (A GradScaler and precision='16-mixed' call step() without "
                 "one: use bfloat16 or float32 there)"
             )
+        _check_one_process()
         parameters = self._trainable()
         self._check_groups()
         started, seen = time.perf_counter(), self._counter.total
@@ -310,3 +311,13 @@ class HessianFree(Optimizer):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _check_one_process() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise RuntimeError(
+                f"HessianFree runs in one process, and the default process group has {world}: its curvature products "
+                "are not averaged over ranks, which would drift apart. Train in one process, or use another optimizer"
+            )

@@ -306,3 +306,10 @@ def test_a_closure_that_draws_data_is_told_so_once() -> None:
     assert optimizer.param_groups[0]["damping"] == damping
     assert optimizer.last_step.evaluations == 0
     assert optimizer.last_step.accepted
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, closure = optimizer_and_closure()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    unchanged(model, optimizer, closure, RuntimeError, "default process group has 2")
