@@ -76,7 +76,9 @@ class LevenbergMarquardt:
         if not self.low < self.high:
             raise ValueError(f"low={self.low!r} must be less than high={self.high!r}")
         if not 0 <= self.minimum <= self.maximum < math.inf:
-            raise ValueError(f"minimum={self.minimum!r} and maximum={self.maximum!r} must satisfy 0 <= min <= max < inf")
+            raise ValueError(
+                f"minimum={self.minimum!r} and maximum={self.maximum!r} must satisfy 0 <= minimum <= maximum < inf"
+            )
 
     def wants_ratio(self, step: int) -> bool:
         """Tell whether the loss after step number `step` (from 1) should be evaluated."""

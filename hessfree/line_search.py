@@ -114,10 +114,12 @@ class Armijo:
         Returns:
             What was found.
         """
-        alpha, after = 1.0, math.nan
+        alpha, tried, after = 1.0, 1.0, math.nan
         for _ in range(self.max_trials):
             after = evaluate(alpha)
-            if after <= loss + self.decrease * alpha * min(slope, 0.0) + rounding(loss):
+            bound = loss + self.decrease * alpha * min(slope, 0.0) + rounding(loss)
+            if math.isfinite(after) and after <= bound:
                 return Found(alpha, after, True, "accepted")
-            alpha *= self.shrink
-        return Found(alpha / self.shrink, after, False, f"rejected: no decrease in {self.max_trials} trials")
+            tried, alpha = alpha, alpha * self.shrink
+        why = f"rejected: the loss fell too little at any of {self.max_trials} step lengths down to {tried:.2g}"
+        return Found(tried, after, False, why)

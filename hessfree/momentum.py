@@ -76,14 +76,30 @@ class QuadraticModelMomentum:
         # the 2x2 system is solved on the host in double precision: its two directions are often nearly parallel
         system = torch.cat([d @ ad.T, (d @ rhs)[:, None]], 1).to("cpu").double()
         matrix, b = 0.5 * (system[:, :-1] + system[:, :-1].T), system[:, -1]
-        weights = _minimiser(matrix, b).to(device=rhs.device, dtype=rhs.dtype)
+        weights = _minimiser(matrix, b, 10 * torch.finfo(rhs.dtype).eps)
+        if weights is None:
+            return Direction(directions[0], products[0])
+        weights = weights.to(device=rhs.device, dtype=rhs.dtype)
         return Direction(weights @ d, weights @ ad)
 
 
-def _minimiser(matrix: Tensor, b: Tensor) -> Tensor:
-    """Return the minimiser of ½ wᵀ M w − bᵀ w over the directions of M that are safely positive."""
-    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+def _minimiser(matrix: Tensor, b: Tensor, precision: float) -> Tensor | None:
+    """Return the minimiser of q(w) = ½ wᵀ M w − bᵀ w over the directions in which M is safely positive.
+
+    Args:
+        matrix: M.
+        b: The linear term.
+        precision: Relative error of M, whose diagonal is scaled to ones first.
+
+    Returns:
+        w; None where it is no lower than the first direction alone, or the numbers are not finite.
+    """
+    if not bool(torch.isfinite(matrix).all() & torch.isfinite(b).all()):
+        return None
+    diagonal = matrix.diagonal().abs()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0)
     values, vectors = torch.linalg.eigh(matrix * scale[:, None] * scale)
-    # float32 products leave an error of about 1e-7 in the scaled matrix, whose largest eigenvalue is at most 2
-    inverse = torch.where(values > 1e-6, 1 / values, 0)
-    return scale * (vectors @ (inverse * (vectors.T @ (scale * b))))
+    inverse = torch.where(values > precision, 1 / values, 0)
+    w = scale * (vectors @ (inverse * (vectors.T @ (scale * b))))
+    lower = 0.5 * w @ matrix @ w - b @ w < 0.5 * matrix[0, 0] - b[0]
+    return w if bool(lower) else None

@@ -58,9 +58,13 @@ class FlatSpace:
                 pieces.append(flat if flat.dtype == self.dtype else flat.to(self.dtype))
         return torch.cat(pieces)  # copies even a single piece
 
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return `vector` `[size]` as views of the tensors' shapes, in its own dtype."""
+        return [piece.view(shape) for piece, shape in zip(vector.split(self.numels), self.shapes, strict=True)]
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return `vector` `[size]` as views of the tensors' shapes (copies where their dtype differs)."""
-        views = [piece.view(shape) for piece, shape in zip(vector.split(self.numels), self.shapes, strict=True)]
+        views = self.views(vector)
         if self._uniform:
             return views
         return [v.to(dtype) for v, dtype in zip(views, self.dtypes, strict=True)]
@@ -138,8 +142,8 @@ class ParameterVector(FlatSpace):
             backup: What `backup` returned.
             step: A `[P]` vector.
         """
-        for p, b, s in zip(self.params, backup, self.split(step), strict=True):
-            p.data.copy_(b + s)
+        for p, b, s in zip(self.params, backup, self.views(step), strict=True):
+            p.data.copy_(b + s)  # rounded once, to the parameter's dtype
 
     def take_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
         """Write `backup + step` into the parameters for good, as any optimizer does.
@@ -149,7 +153,7 @@ class ParameterVector(FlatSpace):
             step: A `[P]` vector.
         """
         with torch.no_grad():
-            for p, b, s in zip(self.params, backup, self.split(step), strict=True):
+            for p, b, s in zip(self.params, backup, self.views(step), strict=True):
                 p.copy_(b + s)
 
     def uniform_or_vector(self, values: Sequence[float]) -> float | Tensor:
@@ -163,9 +167,8 @@ class ParameterVector(FlatSpace):
         """
         if all(v == values[0] for v in values):
             return values[0]
-        return torch.cat(
-            [torch.full((n,), v, dtype=self.dtype, device=self.device) for v, n in zip(values, self.numels, strict=True)]
-        )
+        pieces = zip(values, self.numels, strict=True)
+        return torch.cat([torch.full((n,), v, dtype=self.dtype, device=self.device) for v, n in pieces])
 
 
 def _check(p: Tensor) -> None:

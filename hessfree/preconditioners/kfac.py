@@ -14,12 +14,12 @@ from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.kronecker import KroneckerBlock, kronecker_inverse
 from hessfree.recording import Call
 from hessfree.solvers import Map
-from hessfree.vectors import ParameterVector
+from hessfree.vectors import FlatSpace, ParameterVector
 
 
 @dataclasses.dataclass(frozen=True)
 class KFAC:
-    """G ≈ A ⊗ S for each Linear layer, and a diagonal for every other parameter.
+    """G ≈ S ⊗ A for each Linear layer, and a diagonal for every other parameter.
 
     A is the mean of a aᵀ over the rows of the layer's input, with a one appended for the bias; S is the sum of
     s sᵀ over the rows of s = (∂z/∂output)ᵀ u, with E[u uᵀ] = H. Leading dimensions beyond the batch (tokens,
@@ -28,7 +28,7 @@ class KFAC:
 
     Attributes:
         factors: "sampled": one u of random signs an update. "exact": one u a column of H's root, as many
-            backward passes as a sample has outputs.
+            backward passes as a sample has outputs (the diagonal stays sampled: a sign a sample).
         update_every: Update the factors every so many steps (and at each of the first three).
         decay: Of the exponential moving average of the factors; a plain mean at first.
         damping_scale: M = G + `damping_scale`·λI: the preconditioner wants less damping than the system.
@@ -74,33 +74,30 @@ class KFAC:
         Returns:
             The new state, and a warning where H has no root to sample from.
         """
-        updates = state.get("updates", 0) + 1
-        keep = min(1 - 1 / updates, self.decay)
         layers = _group(sample)
         covered = {i for layer in layers for i in (layer.weight, layer.bias) if i is not None}
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
-        outer = [layer.zero_factor(sample) for layer in layers]
-        squares = [torch.zeros_like(sample.parameters.params[i]) for i in others]
-        cotangents, warning = _cotangents(sample, self.factors)
-        for u in cotangents:
-            found = _pull_back(sample, u, layers, others)
-            for s, rows in zip(outer, found[0], strict=True):
-                s.addmm_(rows.T, rows)
-            for d, g in zip(squares, found[1], strict=True):
-                if g is not None:
-                    d.addcmul_(g, g)
+        outer, squares, warning = _measure(sample, self.factors, layers, others)
+        inner = [layer.inner(sample.parameters.dtype) for layer in layers]
+        if not all(bool(torch.isfinite(t).all()) for t in (*outer, *squares, *inner)):
+            return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
+        updates = state.get("updates", 0) + 1
+        keep = min(1 - 1 / updates, self.decay)
         known = {(b["weight"], b["bias"]): b for b in state.get("blocks", ())}
         blocks = []
-        for layer, s in zip(layers, outer, strict=True):
-            before = known.get((layer.weight, layer.bias))
-            weight = keep if before is not None else 0.0
-            blocks.append(layer.block(before, s, weight).state())
-        old = state.get("diagonal", {})
-        diagonal = {i: torch.lerp(d, old[i], keep) if i in old else d for i, d in zip(others, squares, strict=True)}
+        for layer, a, s in zip(layers, inner, outer, strict=True):
+            old = known.get((layer.weight, layer.bias))
+            if old is not None:
+                a, s = torch.lerp(a, old["inner"], keep), torch.lerp(s, old["outer"], keep)
+            blocks.append(KroneckerBlock.of(layer.weight, layer.bias, a, s).state())
+        before = state.get("diagonal", {})
+        diagonal = {
+            i: torch.lerp(d, before[i], keep) if i in before else d for i, d in zip(others, squares, strict=True)
+        }
         return {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal}, warning
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
-        """Return r ↦ (k A ⊗ S + damping_scale·D)⁻¹ r, layer by layer.
+        """Return r ↦ (k S ⊗ A + damping_scale·D)⁻¹ r, layer by layer.
 
         Args:
             state: What was learned.
@@ -120,9 +117,9 @@ class KFAC:
         """Return what a report says of it."""
         if not state:
             return "none yet"
-        names = f"K-FAC of {len(state['blocks'])} Linear layers ({self.factors} factors)"
-        count = len(state["diagonal"])
-        return names if not count else f"{names}, diagonal of {count} other parameters"
+        layers, others = len(state["blocks"]), len(state["diagonal"])
+        words = f"K-FAC of {layers} Linear layer{'' if layers == 1 else 's'} ({self.factors} factors)"
+        return words if not others else f"{words}, diagonal of {others} other parameter{'' if others == 1 else 's'}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -132,24 +129,22 @@ class _Layer:
     weight: int
     bias: int | None
     calls: list[Call]
+    owns_bias: list[bool]  # one a call: two layers may share the weight and not the bias
 
-    def zero_factor(self, sample: Sample) -> Tensor:
-        weight = sample.parameters.params[self.weight]
-        return torch.zeros(weight.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
-
-    def block(self, before: dict[str, Any] | None, outer: Tensor, keep: float) -> KroneckerBlock:
-        rows = torch.cat([_as_tensor(call).detach().reshape(-1, _as_tensor(call).shape[-1]) for call in self.calls])
-        rows = rows.to(outer.dtype)
-        if self.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
-        inner = rows.T @ rows / rows.shape[0]
-        if before is not None:
-            inner = torch.lerp(inner, before["inner"], keep)
-            outer = torch.lerp(outer, before["outer"], keep)
-        return KroneckerBlock.of(self.weight, self.bias, inner, outer)
+    def inner(self, dtype: torch.dtype) -> Tensor:
+        """Return A, the mean of a aᵀ over the rows of all calls."""
+        blocks = []
+        for call, owns in zip(self.calls, self.owns_bias, strict=True):
+            rows = _input_of(call).detach()
+            rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+            if self.bias is not None:
+                rows = torch.cat([rows, rows.new_full((rows.shape[0], 1), float(owns))], 1)
+            blocks.append(rows)
+        rows = torch.cat(blocks)
+        return rows.T @ rows / rows.shape[0]
 
 
-def _as_tensor(call: Call) -> Tensor:
+def _input_of(call: Call) -> Tensor:
     return call.inputs[0] if call.inputs else call.keywords["input"]
 
 
@@ -157,55 +152,74 @@ def _group(sample: Sample) -> list[_Layer]:
     """Collect the Linear layers by weight, in the order of their first call."""
     parameters = sample.parameters
     layers: dict[int, _Layer] = {}
-    for root in sample.calls:
-        for call in root.walk():
-            module = call.module
-            if not isinstance(module, nn.Linear) or not call.outputs or module.weight not in parameters:
-                continue
-            weight = parameters.index_of(module.weight)
-            bias = parameters.index_of(module.bias) if module.bias is not None and module.bias in parameters else None
-            layer = layers.setdefault(weight, _Layer(weight, bias, []))
-            if layer.bias == bias:
-                layer.calls.append(call)
     taken: set[int] = set()
-    for layer in layers.values():  # two weights may share one bias, which then belongs to the first
-        if layer.bias in taken:
-            layer.bias = None
-        if layer.bias is not None:
-            taken.add(layer.bias)
+    for call in (call for root in sample.calls for call in root.walk()):
+        module = call.module
+        if not isinstance(module, nn.Linear) or not call.outputs or module.weight not in parameters:
+            continue
+        weight = parameters.index_of(module.weight)
+        bias = parameters.index_of(module.bias) if module.bias is not None and module.bias in parameters else None
+        if weight not in layers:  # two weights may share one bias, which then belongs to the first
+            layers[weight] = _Layer(weight, None if bias in taken else bias, [], [])
+            taken.update(() if bias is None else (bias,))
+        layers[weight].calls.append(call)
+        layers[weight].owns_bias.append(bias is not None and layers[weight].bias == bias)
     return list(layers.values())
 
 
+def _measure(
+    sample: Sample, factors: str, layers: Sequence[_Layer], others: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], str | None]:
+    """Return S of each layer, an estimate of G's diagonal at each other parameter, and a warning."""
+    parameters = sample.parameters
+    sizes = [parameters.shapes[layer.weight][0] for layer in layers]
+    outer = [torch.zeros(n, n, dtype=parameters.dtype, device=parameters.device) for n in sizes]
+    squares = [torch.zeros(parameters.shapes[i], dtype=parameters.dtype, device=parameters.device) for i in others]
+    cotangents, warning = _cotangents(sample, factors)
+    for u in cotangents:
+        rows, gradients = _pull_back(sample, u, layers, others)
+        for s, r in zip(outer, rows, strict=True):
+            s.addmm_(r.T, r)
+        for d, g in zip(squares, gradients, strict=True):
+            if g is not None:
+                d.addcmul_(g.to(d.dtype), g.to(d.dtype))
+    return outer, squares, warning
+
+
 def _cotangents(sample: Sample, factors: str) -> tuple[Iterator[Tensor], str | None]:
+    """Return vectors u `[Z]` whose u uᵀ sum to H (on average, and within a sample), and a warning if not."""
     form, space = sample.hessian.form, sample.hessian.space
+    generator = sample.generator()
     if form is None:
-        # sqrt(N) times the mean loss's own gradients, with a random sign a sample: u uᵀ has the empirical Fisher as mean
-        signed = []
-        for g, shape in zip(sample.gradients, space.shapes, strict=True):
-            rows = shape[:1] + (1,) * (len(shape) - 1)
-            signs = torch.randint(0, 2, rows, generator=sample.generator(), device=space.device)
-            signed.append(None if g is None else g.detach() * (2 * signs - 1) * math.sqrt(sample.samples))
-        own = space.flatten(signed)
-        return iter([own]), (
+        # sqrt(N) times the mean loss's own gradients: u uᵀ has the empirical Fisher matrix as its mean
+        own = space.flatten(sample.gradients) * math.sqrt(sample.samples)
+        return iter([own * _signs(space, generator)]), (
             "the Hessian of the loss in the outputs has no structure that can be sampled; K-FAC uses the loss's own "
             "output gradients instead (the empirical Fisher)"
         )
     if factors == "exact":
-        return form.columns(space), None
-    return iter([form.sample(sample.generator(), space)]), None
+        return (u * _signs(space, generator) for u in form.columns(space)), None
+    return iter([form.sample(generator, space)]), None
+
+
+def _signs(space: FlatSpace, generator: torch.Generator) -> Tensor:
+    """Return a random sign for each sample, `[Z]`: samples summed in one backward pass must not correlate."""
+    longest = max((shape[0] for shape in space.shapes if shape), default=1)
+    signs = torch.randint(0, 2, (longest,), generator=generator, device=space.device).to(space.dtype) * 2 - 1
+    rows = [shape[0] if shape else 1 for shape in space.shapes]
+    pieces = zip(rows, space.numels, strict=True)
+    return torch.cat([signs[:n].repeat_interleave(numel // max(n, 1)) for n, numel in pieces])
 
 
 def _pull_back(
     sample: Sample, u: Tensor, layers: Sequence[_Layer], others: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return (∂z/∂output)ᵀu at each layer as rows `[R, out]`, and Jᵀu at each other parameter."""
-    edges = [call.outputs[0].edge for layer in layers for call in layer.calls]
-    params = [sample.parameters.params[i] for i in others]
-    if not edges and not params:
-        return [], []
+    targets: list[Any] = [call.outputs[0].edge for layer in layers for call in layer.calls]
+    targets += [sample.parameters.params[i] for i in others]
     found = torch.autograd.grad(
         [o.edge for o in sample.outputs],
-        [*edges, *params],
+        targets,
         sample.hessian.space.split(u),
         retain_graph=True,
         allow_unused=True,
@@ -218,6 +232,5 @@ def _pull_back(
             g, out = next(pulled), call.outputs[0]
             g = torch.zeros(out.shape, dtype=out.dtype, device=out.device) if g is None else g
             parts.append(g.reshape(-1, out.shape[-1]))
-        dtype = sample.parameters.params[layer.weight].dtype
-        rows.append(torch.cat(parts).to(dtype))
+        rows.append(torch.cat(parts).to(sample.parameters.dtype))
     return rows, list(pulled)

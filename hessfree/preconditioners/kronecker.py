@@ -68,19 +68,12 @@ def kronecker_inverse(
     """
     prepared = []
     for block in blocks:
-        spectrum = scale * block["spectrum"] + shifts[block["weight"]]
-        # without damping a direction of no curvature is left alone rather than blown up
-        floor = torch.finfo(spectrum.dtype).eps * spectrum.max()
-        inverse = 1 / torch.maximum(spectrum, floor + torch.finfo(spectrum.dtype).tiny)
+        inverse = _reciprocal(scale * block["spectrum"] + shifts[block["weight"]])
         prepared.append((block["weight"], block["bias"], block["inner_basis"], block["outer_basis"], inverse))
-    scales = {}
-    for i, d in diagonal.items():
-        total = scale * d + shifts[i]
-        floor = torch.finfo(total.dtype).eps * total.max()
-        scales[i] = 1 / torch.maximum(total, floor + torch.finfo(total.dtype).tiny)
+    scales = {i: _reciprocal(scale * d + shifts[i]) for i, d in diagonal.items()}
 
     def apply(r: Tensor) -> Tensor:
-        pieces = parameters.split(r)
+        pieces = parameters.views(r)
         out: list[Tensor | None] = list(pieces)
         for weight, bias, inner_basis, outer_basis, inverse in prepared:
             matrix = pieces[weight]
@@ -98,11 +91,21 @@ def kronecker_inverse(
     return apply
 
 
+def _reciprocal(spectrum: Tensor) -> Tensor:
+    """Return 1 / `spectrum`, finite in spite of zeros: without damping they are as good as the largest's rounding."""
+    if not spectrum.numel():
+        return spectrum
+    precision, largest = torch.finfo(spectrum.dtype), spectrum.max()
+    floor = (precision.eps * largest).clamp_min(precision.tiny)
+    # no curvature and no damping at all: leave the gradient as it is
+    return torch.where(largest > 0, 1 / torch.maximum(spectrum, floor), 1)
+
+
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues, none negative, and eigenvectors; in float32 at least, on the host where a device has no eigh."""
-    work = matrix if matrix.dtype == torch.float64 else matrix.float()
-    if matrix.device.type == "mps":
-        values, vectors = (t.to(matrix.device) for t in torch.linalg.eigh(work.cpu()))
-    else:
+    """Return the eigenvalues, none negative, and eigenvectors; on the host where the device has no eigh."""
+    work = matrix.cpu() if matrix.device.type == "mps" else matrix
+    try:
         values, vectors = torch.linalg.eigh(work)
-    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+    except torch.linalg.LinAlgError:  # float32 iterations that do not converge do in double precision
+        values, vectors = (t.to(matrix.dtype) for t in torch.linalg.eigh(work.cpu().double()))
+    return values.clamp_min(0).to(matrix.device), vectors.to(matrix.device)

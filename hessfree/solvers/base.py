@@ -21,9 +21,11 @@ class Status(enum.Enum):
     PROGRESS = "the quadratic model stopped improving"
     ITERATIONS = "iteration limit"
     DIRECT = "solved directly"
+    SHIFTED = "solved directly with more damping, without which the matrix is not positive definite"
     PRECONDITIONER = "the preconditioner alone"
     NEGATIVE_CURVATURE = "non-positive curvature; raise damping"
     NON_FINITE = "a product or the preconditioner gave a number that is not finite"
+    INDEFINITE = "the preconditioner is not positive definite"
     NO_BETTER = "no better than the start"
 
 
@@ -32,10 +34,11 @@ class Solution:
     """What a solver found.
 
     Attributes:
-        value: x, `[P]`; finite, and with m(x) no greater than at the start.
+        value: x, `[P]`; finite, and with m(x) no greater than at the start (which the preconditioner alone
+            does not look at).
         residual: b − (A + D)x, `[P]`.
         status: Why the solver stopped.
-        iterations: Iterations taken.
+        iterations: Iterations begun; where the last could not be finished, x is that of the one before.
         residuals: ‖b − (A + D)x‖ / ‖b‖ before the first and after each iteration.
     """
 
@@ -47,8 +50,8 @@ class Solution:
 
     @property
     def failed(self) -> bool:
-        """Whether the numbers themselves broke down."""
-        return self.status is Status.NON_FINITE
+        """Whether the numbers broke down, or there is nothing to step along."""
+        return self.status is Status.NON_FINITE or (self.status is Status.INDEFINITE and self.iterations == 0)
 
 
 class Solver(Protocol):

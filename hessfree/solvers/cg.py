@@ -1,9 +1,16 @@
-"""Preconditioned conjugate gradients (Hestenes & Stiefel 1952), stopped as Hessian-free optimization wants it."""
+"""Preconditioned conjugate gradients (Hestenes & Stiefel 1952), stopped as Hessian-free optimization wants it.
+
+To solve (A + D) x = b is to minimise m(x) = ½ xᵀ(A + D)x − bᵀx. Its negative gradient is the residual
+r = b − (A + D)x. Each iteration goes along a direction p to the lowest point of m on that line, and then
+turns the next residual into a direction that is conjugate to all before it (pᵀ(A + D)p' = 0), so that no
+later iteration undoes what this one gained. A preconditioner M ≈ A + D replaces r by z = M⁻¹r.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +26,7 @@ class CG:
 
     Attributes:
         max_iterations: At most so many products; 0 gives the preconditioned right-hand side itself (with
-            K-FAC: a K-FAC step).
+            K-FAC: a K-FAC step), of the length that the preconditioner gives it.
         tolerance: Stop when ‖r‖/‖b‖ falls below it; None never does.
         progress: Stop when the relative progress of the quadratic model over the last k = max(10, i/10)
             iterations falls below k times it (Martens 2010, sec. 4.4); None never does; "auto" is 5e-4, or
@@ -40,7 +47,8 @@ class CG:
             raise ValueError(f"max_iterations={self.max_iterations!r} must be an integer, 0 or more")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance!r} is relative to the right-hand side: choose 0 <= it < 1")
-        if self.progress not in {"auto", None} and not (isinstance(self.progress, float) and 0 < self.progress < 1):
+        chosen = self.progress is None or self.progress == "auto"
+        if not chosen and not (isinstance(self.progress, float) and 0 < self.progress < 1):
             raise ValueError(f"progress={self.progress!r} must be a number between 0 and 1, 'auto' or None")
 
     @property
@@ -69,24 +77,23 @@ class CG:
             The solution. On an accelerator the host waits once, at the end, unless a stopping rule
             needs a number at every iteration.
         """
-        if self.max_iterations == 0:
-            return _preconditioned(operator, rhs, shift, precondition, start)
         run = _Run(operator, rhs, shift, precondition, start)
-        square = float(rhs @ rhs) if self.tolerance is not None else 0.0
-        waits = rhs.device.type == "cpu" or self.tolerance is not None or self._progress is not None
-        rows: list[_Row] = []
-        history = [run.row()]
-        for _ in range(self.max_iterations):
+        if self.max_iterations == 0:
+            return run.preconditioned()
+        waits = self._waits(rhs)
+        history, read = [run.row()], list[_Row]()
+        while len(history) <= self.max_iterations:
+            if waits:
+                read.append(_Row(*history[-1].tolist()))
+                if self._verdict(read) is not None:
+                    break
             run.advance()
             history.append(run.row())
-            if waits:
-                rows = rows or [_Row(*history[0].tolist())]
-                rows.append(_Row(*history[-1].tolist()))
-                if self._verdict(rows, square) is not None:
-                    break
-        if not waits:
-            rows = [_Row(*row) for row in torch.stack(history).tolist()]
-        return self._conclude(run, rows, square, rhs, start)
+        return self._conclude(run, [_Row(*row) for row in torch.stack(history).tolist()])
+
+    def _waits(self, rhs: Tensor) -> bool:
+        """Tell whether to look at every iteration's numbers at once; a run that stopped inside changes no more."""
+        return rhs.device.type == "cpu" or self.tolerance is not None or self._progress is not None
 
     @property
     def _progress(self) -> float | None:
@@ -95,93 +102,104 @@ class CG:
         # the rule looks back ten iterations, so a shorter run never asks it
         return 5e-4 if self.tolerance is None and self.max_iterations > 10 else None
 
-    def _verdict(self, rows: list[_Row], square: float) -> Status | None:
-        """Return why to stop after the last of `rows`, or None to go on; `square` is ‖b‖²."""
+    def _verdict(self, rows: Sequence[_Row]) -> Status | None:
+        """Return why to stop after the last of `rows`, or None to go on."""
         last, i = rows[-1], len(rows) - 1
-        if last.square == 0 or (self.tolerance is not None and last.square <= self.tolerance**2 * square):
+        if last.square == 0 or (self.tolerance is not None and last.square <= self.tolerance**2):
             return Status.CONVERGED
-        if last.negative:
-            return Status.NEGATIVE_CURVATURE
-        if not last.alive:
+        if not last.finite:
             return Status.NON_FINITE
+        if not last.positive:
+            return Status.NEGATIVE_CURVATURE
+        if not last.definite:
+            return Status.INDEFINITE
         k = max(10, i // 10)
         if self._progress is not None and i > k and last.model < 0:
-            if (last.model - rows[-1 - k].model) / last.model < k * self._progress:
+            if (last.model - rows[i - k].model) / last.model < k * self._progress:
                 return Status.PROGRESS
         return None
 
-    def _conclude(self, run: _Run, rows: list[_Row], square: float, rhs: Tensor, start: Tensor | None) -> Solution:
-        iterations = next((i for i, row in enumerate(rows) if not row.alive), len(rows)) - 1
-        status = self._verdict(rows[: iterations + 2], square) or Status.ITERATIONS
-        scale = float(rhs.norm()) or 1.0
-        residuals = tuple(math.sqrt(max(row.square, 0.0)) / scale for row in rows[: max(iterations, 0) + 1])
-        value, residual = run.x, run.r
-        if rows[-1].model > rows[0].model and status is not Status.NON_FINITE:
-            status = Status.NO_BETTER
-            value = torch.zeros_like(rhs) if start is None else start
-            residual = run.first_residual
-        return Solution(value, residual, status, max(iterations, 0), residuals)
+    def _conclude(self, run: _Run, rows: list[_Row]) -> Solution:
+        verdicts = (self._verdict(rows[: i + 1]) for i in range(len(rows)))
+        i, status = next(((i, v) for i, v in enumerate(verdicts) if v is not None), (len(rows) - 1, Status.ITERATIONS))
+        residuals = tuple(math.sqrt(row.square) for row in rows[: i + 1])
+        if rows[i].model <= rows[0].model or i == 0:
+            return Solution(run.x, run.r, status, i, residuals)
+        status = status if status is Status.NON_FINITE else Status.NO_BETTER
+        return Solution(*run.start, status, i, residuals)
 
 
 class _Row(NamedTuple):
-    """The numbers of one iteration that decide anything."""
+    """The numbers of one iteration that decide anything. The last three are 1 or 0."""
 
-    square: float  # ‖r‖²
+    square: float  # ‖r‖² / ‖b‖²
     model: float  # m(x)
-    alive: float  # 1 while every number so far was finite and every curvature positive
-    negative: float  # 1 from the first direction of non-positive curvature on
+    finite: float  # no NaN or infinity has been met
+    positive: float  # the curvature along the direction taken was positive
+    definite: float  # the preconditioner is positive along the residual
 
 
 class _Run:
     """The vectors of one run. Nothing here makes the host wait for an accelerator."""
 
     def __init__(
-        self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor, precondition: Map | None, start: Tensor | None
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        shift: float | Tensor,
+        precondition: Map | None,
+        start: Tensor | None,
     ) -> None:
-        self._operator, self._rhs, self._shift, self._precondition = operator, rhs, shift, precondition
+        self._operator, self._rhs, self._shift = operator, rhs, shift
+        self._precondition: Map = precondition if precondition is not None else torch.clone
         self.x = torch.zeros_like(rhs) if start is None else start.clone()
-        self.r = rhs if start is None else rhs - operator.matvec(self.x) - shift * self.x
-        self.first_residual = self.r
-        self._at_zero = start is None
-        z = self._preconditioned()
-        self._p, self._rz = z, self.r @ z
-        self._alive = torch.isfinite(self._rz) & (self._rz >= 0)
-        self._negative = torch.zeros_like(self._alive)
+        self.r = rhs.clone() if start is None else rhs - self._product(start)
+        self.start = (self.x, self.r)
+        square = rhs @ rhs
+        self._scale = torch.where(square > 0, square, 1)
+        self._model = -0.5 * (self.x @ (self.r + rhs))
+        self._p = self._precondition(self.r)
+        self._rz = self.r @ self._p
+        self._finite = torch.isfinite(self._rz) & torch.isfinite(self._model)
+        self._positive = torch.ones_like(self._finite)
+        self._definite = self._rz > 0
+        self._alive = self._finite & self._definite
+        self._first = True
 
     def advance(self) -> None:
-        q = self._operator.matvec(self._p) + self._shift * self._p
+        """Take one iteration. Once one could not be taken in full, nothing changes any more."""
+        q = self._product(self._p)
         curvature = self._p @ q
-        self._negative = self._alive & (curvature <= 0)
-        self._alive = self._alive & (curvature > 0) & torch.isfinite(curvature)
-        # a number that failed must not reach x or r, and the host need not know yet
-        alpha = torch.where(self._alive, self._rz / curvature, 0)
-        self.r = torch.where(self._alive, self.r - alpha * q, self.r)
-        if self._at_zero:  # x = 0 would be no step at all: the first direction, at its own length, is a descent
-            self.r = torch.where(self._negative, self.r - q, self.r)
-            alpha = torch.where(self._negative, 1, alpha)
-            self._at_zero = False
-        self.x.addcmul_(self._p, alpha)
-        z = self._preconditioned()
+        self._positive = curvature > 0
+        # To the minimum of m on the line; pᵀr is rᵀz but for rounding, and never climbs in spite of it. Along
+        # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
+        length = torch.where(self._positive, (self._p @ self.r) / curvature, 1.0 if self._first else 0.0)
+        self._first = False
+        x, r = self.x + length * self._p, self.r - length * q
+        model = -0.5 * (x @ (r + self._rhs))
+        moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
+        self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
+        self._model = torch.where(moves, model, self._model)
+        z = self._precondition(self.r)
         rz = self.r @ z
-        self._alive = self._alive & torch.isfinite(rz) & (rz >= 0)
+        self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
+        self._alive = self._finite & self._positive & self._definite
         self._p = torch.where(self._alive, z + (rz / self._rz) * self._p, self._p)
-        self._rz = torch.where(self._alive, rz, self._rz)
+        self._rz = rz
 
     def row(self) -> Tensor:
-        model = -0.5 * (self.x @ (self.r + self._rhs))
-        flags = (self._alive.to(model.dtype), self._negative.to(model.dtype))
-        return torch.stack([self.r @ self.r, model, *flags])
+        """Return the numbers of `_Row`."""
+        numbers = (self.r @ self.r / self._scale, self._model)
+        return torch.stack([*numbers, *(t.to(self.r.dtype) for t in (self._finite, self._positive, self._definite))])
 
-    def _preconditioned(self) -> Tensor:
-        return self.r.clone() if self._precondition is None else self._precondition(self.r)
+    def preconditioned(self) -> Solution:
+        """Return the start plus z, with the residual that it leaves."""
+        x = self.x + self._p
+        r = self._rhs - self._product(x)
+        residual = float((r @ r / self._scale).sqrt())
+        if math.isfinite(residual):
+            return Solution(x, r, Status.PRECONDITIONER, 0, (residual,))
+        return Solution(*self.start, Status.NON_FINITE, 0, (residual,))
 
-
-def _preconditioned(
-    operator: LinearOperator, rhs: Tensor, shift: float | Tensor, precondition: Map | None, start: Tensor | None
-) -> Solution:
-    """Return the preconditioner times the right-hand side, with the residual that it leaves."""
-    value = rhs.clone() if precondition is None else precondition(rhs)
-    residual = rhs - operator.matvec(value) - shift * value
-    norms = torch.stack([rhs.norm(), residual.norm()]).tolist()
-    status = Status.PRECONDITIONER if math.isfinite(norms[1]) else Status.NON_FINITE
-    return Solution(value, residual, status, 0, (norms[1] / (norms[0] or 1.0),))
+    def _product(self, v: Tensor) -> Tensor:
+        return self._operator.matvec(v) + self._shift * v

@@ -53,8 +53,8 @@ class DenseCholesky:
             start: Not used.
 
         Returns:
-            The solution; where the matrix is not positive definite to rounding, that of the smallest
-            multiple of the identity added, by factors of ten, that makes it so.
+            The solution; where the matrix is not positive definite to rounding, that with the least
+            multiple of the identity added, by factors of ten, that makes it so (`Status.SHIFTED`).
 
         Raises:
             ValueError: P is greater than `max_parameters`.
@@ -66,17 +66,41 @@ class DenseCholesky:
                 f"a dense {p}x{p} matrix with its factor needs about {gigabytes:.3g} GB, and max_parameters is "
                 f"{self.max_parameters}; use solver=CG(), which never forms it, or raise max_parameters"
             )
-        dense = operator.to_dense()
+        dense = operator.to_dense()  # ours to change
         dense.diagonal().add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(dense)
-        if not bool(torch.isfinite(dense).all()):
+        found = _solve(dense, rhs) if bool(torch.isfinite(dense).all()) else None
+        if found is None:
             return Solution(torch.zeros_like(rhs), rhs.clone(), Status.NON_FINITE, 0, (1.0,))
-        jitter = torch.finfo(dense.dtype).eps * float(dense.diagonal().abs().max())
-        while int(failed):
-            dense.diagonal().add_(jitter)
-            factor, failed = torch.linalg.cholesky_ex(dense)
-            jitter *= 10
-        value = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
-        residual = rhs - dense @ value
+        value, residual, added = found
         norms = torch.stack([rhs.norm(), residual.norm()]).tolist()
-        return Solution(value, residual, Status.DIRECT, 1, (1.0, norms[1] / (norms[0] or 1.0)))
+        status = Status.SHIFTED if added > 0 else Status.DIRECT
+        return Solution(value, residual, status, 1, (1.0, norms[1] / (norms[0] or 1.0)))
+
+
+def _solve(dense: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """Solve with `dense` (which is changed) plus the least multiple of I that makes it positive definite.
+
+    Args:
+        dense: The symmetric matrix, finite.
+        rhs: The right-hand side.
+
+    Returns:
+        The solution, its residual in the matrix as it was given, and the multiple; None where the numbers
+        break down with any.
+    """
+    precision = torch.finfo(dense.dtype)
+    # a multiple that matters to no entry of the matrix, then factors of ten until it matters more than all
+    jitter = precision.eps * (float(dense.diagonal().abs().max()) or 1.0)
+    added = 0.0
+    for more in (0.0, *(jitter * 10**k for k in range(30))):
+        dense.diagonal().add_(more)
+        added += more
+        factor, failed = torch.linalg.cholesky_ex(dense)
+        if int(failed):
+            continue
+        value = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        residual = rhs - dense @ value + added * value
+        # a factor of a matrix singular to rounding can succeed, and still lead uphill: m(x) > m(0) = 0
+        if float(value @ (rhs + residual)) >= 0:
+            return value, residual, added
+    return None
