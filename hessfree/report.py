@@ -71,13 +71,17 @@ class StepReport:
     def __str__(self) -> str:
         """Return the step as one readable line."""
         after = "" if math.isnan(self.loss_after) else f" -> {self.loss_after:.4g}"
-        rho = "" if math.isnan(self.reduction_ratio) else f", rho {self.reduction_ratio:.2f}"
-        plural = "" if self.iterations == 1 else "s"
-        return (
-            f"step {self.step}: loss {self.loss:.4g}{after}, {self.status}{rho}, lambda {self.damping:.2g}, "
-            f"{self.iterations} iteration{plural} to residual {self.residual:.1g} ({self.solver_status}), "
-            f"|step| {self.step_norm:.2g}, {self.backend} at {self.cut}, {1e3 * self.seconds:.1f} ms"
-        )
+        rho = "" if math.isnan(self.reduction_ratio) else f" (rho {self.reduction_ratio:.2f})"
+        parts = [f"step {self.step}: loss {self.loss:.4g}{after}{rho}, {self.status}"]
+        if self.iterations or not math.isnan(self.residual):
+            plural = "" if self.iterations == 1 else "s"
+            parts.append(f"{self.iterations} iteration{plural} to residual {self.residual:.2g}: {self.solver_status}")
+        changed = "" if f"{self.next_damping:.2g}" == f"{self.damping:.2g}" else f" -> {self.next_damping:.2g}"
+        parts.append(f"lambda {self.damping:.2g}{changed}, |step| {self.step_norm:.2g}")
+        if self.backend != "none":
+            parts.append(f"cut: {self.cut} ({self.backend})")
+        parts.append(f"{1e3 * self.seconds:.1f} ms")
+        return " ".join("; ".join(parts).split())
 
     @property
     def seconds(self) -> float:
