@@ -3,7 +3,7 @@
 from hessfree.linearization.base import Linearization, LinearizationError
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
-from hessfree.linearization.select import build, check_backend, linearize, run_model
+from hessfree.linearization.select import build, call_model, check_backend, linearize, run_model
 from hessfree.linearization.selftest import find_fault
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Linearization",
     "LinearizationError",
     "build",
+    "call_model",
     "check_backend",
     "find_fault",
     "linearize",

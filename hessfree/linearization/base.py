@@ -13,18 +13,26 @@ class LinearizationError(RuntimeError):
     """A back end cannot linearise this network; the message says why."""
 
 
+def in_words(error: Exception) -> str:
+    """Return the kind of `error` and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class Linearization(Protocol):
     """Products with J at one value of the parameters, reused by every iteration of a solver.
 
     Attributes:
         name: Which back end this is.
         space: The flat space `[Z]` of the outputs.
-        outputs: z, flat `[Z]`, without graph.
     """
 
     name: str
     space: FlatSpace
-    outputs: Tensor
+
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs z, flat `[Z]`, without graph."""
+        ...
 
     def jvp(self, v: Tensor) -> Tensor:
         """Return J v `[Z]` for `v` `[P]`."""

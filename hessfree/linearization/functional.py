@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.base import LinearizationError, in_words
 from hessfree.recording import Call, Output, RandomState
 from hessfree.vectors import FlatSpace, ParameterVector
 
@@ -62,9 +62,9 @@ class FunctionalLinearization:
             with self._forward_mode():
                 values, self._jvp = linearize(self._evaluate, *primals)
             with self._world():
-                _, self._vjp = vjp(self._evaluate, *primals)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            raise LinearizationError(f"torch.func cannot linearise the network: {error}") from error
+                self._vjp = vjp(self._evaluate, *primals)[1]
+        except Exception as error:  # whatever a network does that torch.func does not know
+            raise LinearizationError(f"torch.func cannot linearise the network ({in_words(error)})") from error
         self.space = FlatSpace([t.shape for t in values], [t.dtype for t in values], values[0].device)
         self.outputs = self.space.flatten(values)
 
@@ -80,7 +80,10 @@ class FunctionalLinearization:
     def vjps(self, u: Tensor) -> Tensor:
         """Return Jᵀ applied to each row of `u` `[K, Z]`, as `[K, P]`."""
         rows = tuple(torch.stack(t) for t in zip(*(self.space.split(row) for row in u), strict=True))
-        found = vmap(self._vjp)(rows)
+        try:
+            found = vmap(self._vjp)(rows)
+        except RuntimeError:  # an operation of the network cannot be vectorised; one row at a time always works
+            return torch.stack([self.vjp(row) for row in u])
         return torch.cat([t.reshape(u.shape[0], -1).to(self._parameters.dtype) for t in found], 1)
 
     def _evaluate(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -97,7 +100,7 @@ class FunctionalLinearization:
         return tuple(outputs)
 
     @contextlib.contextmanager
-    def _world(self) -> Iterator[None]:
+    def _world(self) -> Generator[None]:
         now = RandomState.capture(self._parameters.device)
         if self._calls[0].random is not None:
             self._calls[0].random.restore()
@@ -107,7 +110,7 @@ class FunctionalLinearization:
             now.restore()
 
     @contextlib.contextmanager
-    def _forward_mode(self) -> Iterator[Any]:
+    def _forward_mode(self) -> Generator[Any]:
         with self._world(), warnings.catch_warnings():
             # the first forward-mode call of a process scripts some decompositions with torch.jit, which is deprecated
             warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)

@@ -21,7 +21,6 @@ class GraphLinearization:
     Attributes:
         name: "graph".
         space: The flat space `[Z]` of the outputs.
-        outputs: z, flat `[Z]`, without graph.
     """
 
     name = "graph"
@@ -42,7 +41,7 @@ class GraphLinearization:
 
     @property
     def outputs(self) -> Tensor:
-        """Return z, flat `[Z]`, without graph."""
+        """The outputs z, flat `[Z]`, without graph."""
         if any(v is None for v in self._values):
             raise LinearizationError("the values of the outputs were not kept")
         return self.space.flatten(self._values)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessfree.linearization.base import Linearization, LinearizationError
+from hessfree.linearization.base import Linearization, LinearizationError, in_words
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
 from hessfree.linearization.selftest import find_fault
@@ -51,6 +51,8 @@ def build(
         fault = find_fault(candidate, reference, parameters)
     except LinearizationError as error:
         fault = str(error)
+    except Exception as error:
+        fault = f"its products fail ({in_words(error)})"
     if fault is None:
         return candidate
     warn(f"linearization='functional' cannot be used: {fault}; the autograd graph is used instead")
@@ -69,13 +71,11 @@ def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linear
         J by products: `.jvp(v)`, `.vjp(u)`, and the outputs z as `.outputs`.
 
     Raises:
-        ValueError: `backend` is unknown, or the model has no parameters or no differentiable output.
+        LinearizationError: `backend` cannot linearise the model, or is wrong about it.
     """
     check_backend(backend)
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-    call = run_model(model, inputs, parameters)[0]
-    if not call.outputs:
-        raise ValueError(f"no output of {type(model).__name__} depends on its parameters; is everything detached?")
+    call = run_model(model, inputs, parameters)
 
     def refuse(message: str) -> None:
         raise LinearizationError(message)
@@ -83,7 +83,7 @@ def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linear
     return build(backend, call.outputs, [call], parameters, refuse)
 
 
-def run_model(model: nn.Module, inputs: Any, parameters: ParameterVector) -> tuple[Call, Any]:
+def run_model(model: nn.Module, inputs: Any, parameters: ParameterVector) -> Call:
     """Call `model` once and record the call.
 
     Args:
@@ -92,11 +92,25 @@ def run_model(model: nn.Module, inputs: Any, parameters: ParameterVector) -> tup
         parameters: The parameters.
 
     Returns:
-        The call, and what the model returned.
+        The call.
+
+    Raises:
+        ValueError: Nothing that the model returned depends on the parameters.
     """
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    keywords = inputs if isinstance(inputs, dict) else {}
     tree = CallTree(Owners(parameters), parameters.device, lambda _: True, lambda _: True)
     with torch.enable_grad(), twice_differentiable(), tree:
-        returned = model(*args, **keywords)
-    return tree.roots[0], returned
+        call_model(model, inputs)
+    call = tree.roots[0]
+    if not call.outputs:
+        raise ValueError(
+            f"no output of {type(model).__name__} is a real tensor that depends on its parameters; is everything "
+            "detached?"
+        )
+    return call
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call `model` on a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hessfree.linearization.base import Linearization
 from hessfree.vectors import ParameterVector
@@ -19,18 +20,25 @@ def find_fault(candidate: Linearization, reference: Linearization, parameters: P
     Returns:
         What is wrong, in words, or None.
     """
-    tolerance = 8 * torch.finfo(candidate.space.dtype).eps ** 0.75
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(parameters.size, generator=generator).to(device=parameters.device, dtype=parameters.dtype)
     if candidate.space.shapes != reference.space.shapes:
         return f"its outputs have shapes {candidate.space.shapes}, the recorded ones {reference.space.shapes}"
-    first, second, truth = candidate.jvp(v), candidate.jvp(v), reference.jvp(v)
-    if not bool((first - second).norm() <= tolerance * first.norm()):
-        return "the same product gave two results"
-    if not bool((first - truth).norm() <= tolerance * truth.norm()):
+    generator = torch.Generator().manual_seed(0)
+    v, other = (_random(parameters.size, parameters.values(), generator) for _ in range(2))
+    u = _random(reference.space.size, reference.space.zeros(), generator)
+    tolerance = 8 * torch.finfo(candidate.space.dtype).eps ** 0.75
+
+    def differ(found: Tensor, truth: Tensor) -> bool:
+        return not bool((found - truth).norm() <= tolerance * truth.norm())  # a NaN differs
+
+    first = candidate.jvp(v)
+    if differ(first, reference.jvp(v)) or differ(candidate.jvp(other), reference.jvp(other)):
         return "its product Jv differs from the autograd graph's"
-    u = truth
-    left, right = candidate.vjp(u), reference.vjp(u)
-    if not bool((left - right).norm() <= tolerance * right.norm()):
+    if differ(candidate.jvp(v), first):  # a second use, after another vector went through
+        return "the same product gave two results"
+    if differ(candidate.vjp(u), reference.vjp(u)) or differ(candidate.vjp(u), reference.vjp(u)):
         return "its product Jᵀu differs from the autograd graph's"
     return None
+
+
+def _random(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator).to(device=like.device, dtype=like.dtype)

@@ -18,11 +18,14 @@ class Form(abc.ABC):
 
     Attributes:
         words: What a report says of it.
-        negative: Share of H's trace, in absolute value, that was negative and clamped in B.
     """
 
     words: str
-    negative: float = 0.0
+
+    @property
+    @abc.abstractmethod
+    def negative(self) -> float:
+        """Share of the absolute eigenvalues of H that are negative, and clamped in B; 0 up to rounding."""
 
     @abc.abstractmethod
     def matvec(self, w: Tensor) -> Tensor:
@@ -67,8 +70,11 @@ class DiagonalForm(Form):
         self.h = h
         self._root = h.clamp_min(0).sqrt()
         self.words = "diagonal" if h.ndim else "scalar"
-        total = h.abs().sum()
-        self.negative = float((h.clamp_max(0).abs().sum() / total.clamp_min(torch.finfo(h.dtype).tiny)))
+
+    @functools.cached_property
+    def negative(self) -> float:
+        """See `Form.negative`."""
+        return _negative_share(self.h, 1)
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return H w for `w` `[Z]`."""
@@ -109,10 +115,17 @@ class BlockForm(Form):
         self.words = f"blocks of {layout.width}"
 
     @functools.cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        return torch.linalg.eigh(0.5 * (self._blocks + self._blocks.mT))
+
+    @functools.cached_property
+    def negative(self) -> float:
+        """See `Form.negative`."""
+        return _negative_share(self._eigen[0], self._layout.width)
+
+    @functools.cached_property
     def _factor(self) -> Tensor:
-        values, vectors = torch.linalg.eigh(0.5 * (self._blocks + self._blocks.mT))
-        total = values.abs().sum().clamp_min(torch.finfo(values.dtype).tiny)
-        self.negative = float(values.clamp_max(0).abs().sum() / total)
+        values, vectors = self._eigen
         return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
 
     def matvec(self, w: Tensor) -> Tensor:
@@ -152,6 +165,12 @@ class SoftmaxForm(Form):
         self._scale = scale
         self.words = f"softmax over {layout.width}"
 
+    @functools.cached_property
+    def negative(self) -> float:
+        """See `Form.negative`."""
+        traces = self._scale.squeeze(1) * (self._p - self._p.square()).sum(1)
+        return _negative_share(traces, 1)
+
     def matvec(self, w: Tensor) -> Tensor:
         """Return H w for `w` `[Z]`."""
         w = self._layout.gather(w)
@@ -178,3 +197,10 @@ class SoftmaxForm(Form):
     def _root(self, e: Tensor) -> Tensor:
         half = self._p.sqrt()
         return self._scale.clamp_min(0).sqrt() * (half * e - self._p * (half * e).sum(1, True))
+
+
+def _negative_share(values: Tensor, width: int) -> float:
+    total = values.abs().sum()
+    share = float(values.clamp_max(0).abs().sum() / total) if bool(total > 0) else 0.0
+    # eigenvalues of a block that are zero come out with either sign
+    return share if share > 10 * width * torch.finfo(values.dtype).eps else 0.0

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hessfree.linearization import call_model
+from hessfree.recording import CallTree, Owners, Trace, trace_loss
+from hessfree.vectors import ParameterVector
 
 
 class LinearOperator(abc.ABC):
@@ -87,3 +93,35 @@ class _Scaled(LinearOperator):
 
     def diagonal(self) -> Tensor:
         return self._factor * self._operator.diagonal()
+
+
+def trace_model(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, parameters: ParameterVector
+) -> Trace:
+    """Compute `loss_fn(model(inputs), targets)` and keep what a cut needs to know.
+
+    Args:
+        model: A module.
+        loss_fn: Takes what the model returned, and `targets`; returns a scalar.
+        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        targets: Passed on to `loss_fn`.
+        parameters: The parameters.
+
+    Returns:
+        The loss with its graph and its calls.
+
+    Raises:
+        ValueError: The loss is no scalar tensor with a graph.
+    """
+    tree = CallTree(Owners(parameters), parameters.device, lambda _: True, lambda _: True)
+    traced = trace_loss(lambda: loss_fn(call_model(model, inputs), targets), tree)
+    loss = traced.loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"loss_fn returned {found}, not a scalar tensor; reduce it first, for example loss.mean()")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss does not depend on the parameters through what {type(model).__name__} returned; pass it to "
+            "loss_fn without detach()"
+        )
+    return traced

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hessfree.linearization import Linearization, build, check_backend, run_model
 from hessfree.losses import OutputHessian
-from hessfree.operators.base import LinearOperator
-from hessfree.recording import Tail
+from hessfree.operators.base import LinearOperator, trace_model
+from hessfree.recording import Tail, find_cut, make_cut
 from hessfree.vectors import FlatSpace, ParameterVector
 
 CHUNK = 2**24  # numbers of J held at once while the dense matrix is formed
@@ -67,7 +67,7 @@ class GaussNewton(LinearOperator):
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        call, _ = run_model(model, inputs, parameters)
+        call = run_model(model, inputs, parameters)
         return cls(build(linearization, call.outputs, [call], parameters, _raise), None, parameters)
 
     @classmethod
@@ -90,28 +90,22 @@ class GaussNewton(LinearOperator):
             linearization: The back end: "auto", "graph" or "functional".
 
         Returns:
-            The operator, in the loss's own scale (a mean stays a mean).
+            The operator, in the loss's own scale (a mean stays a mean). A model that computes its own loss, as
+            `(logits, loss)` models do, is cut where the loss is no longer linear, as `HessianFree` cuts it.
 
         Raises:
-            ValueError: The loss is not a scalar, or does not depend on the model's outputs.
+            ValueError: The loss is not a scalar, or has no second derivative in any output of a module.
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        call, returned = run_model(model, inputs, parameters)
-        loss = loss_fn(returned, targets)
-        if loss.numel() != 1:
-            raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar; reduce it first")
-        tail = Tail(loss, call.outputs, parameters.params)
-        used = [o for o, g in zip(call.outputs, tail.gradients, strict=True) if g is not None]
-        if not used:
-            raise ValueError(
-                f"the loss does not depend on what {type(model).__name__} returned; pass it through without detach()"
-            )
-        tail = Tail(loss, used, parameters.params)
-        network = build(linearization, used, [call], parameters, _raise)
-        values = [o.value for o in used]
-        hessian = OutputHessian(lambda w: tail.product(w)[0], network.space, values)
-        return cls(network, hessian, parameters, tail if tail.has_direct else None)
+        traced = trace_model(model, loss_fn, inputs, targets, parameters)
+        place = find_cut(traced, parameters)
+        if not place.places:
+            raise ValueError(f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
+        cut = make_cut(traced, parameters, place)
+        network = build(linearization, cut.outputs, cut.calls, parameters, _raise)
+        hessian = OutputHessian(lambda w: cut.tail.product(w)[0], network.space, [o.value for o in cut.outputs])
+        return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return G v `[P]` for `v` `[P]`."""

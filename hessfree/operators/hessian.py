@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfree.linearization import run_model
-from hessfree.operators.base import LinearOperator
+from hessfree.operators.base import LinearOperator, trace_model
 from hessfree.recording import Tail
 from hessfree.vectors import ParameterVector
 
@@ -45,10 +44,15 @@ class Hessian(LinearOperator):
 
         Returns:
             The operator, in the loss's own scale.
+
+        Raises:
+            ValueError: The loss is not a scalar, or does not depend on the parameters.
         """
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        _, returned = run_model(model, inputs, parameters)
-        return cls(Tail(loss_fn(returned, targets), (), parameters.params), parameters)
+        tail = Tail(trace_model(model, loss_fn, inputs, targets, parameters).loss, (), parameters.params)
+        if not tail.has_direct:
+            raise ValueError(f"the loss does not depend on the parameters of {type(model).__name__}")
+        return cls(tail, parameters)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return ∇²L v `[P]` for `v` `[P]`."""

@@ -1,14 +1,18 @@
 """Run a closure once, keep its loss with its graph and its tree of calls, cut it, and replay it."""
 
 from hessfree.recording.accumulation import BackwardCounter
-from hessfree.recording.calls import Call, CallTree, Output, Owners
-from hessfree.recording.closure import Closure, Recording, World, mark_outputs, record, replay, twice_differentiable
+from hessfree.recording.buffers import BufferStates
+from hessfree.recording.calls import Call, CallTree, Output, Owners, twice_differentiable
+from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.random_state import RandomState
 from hessfree.recording.tail import Tail
+from hessfree.recording.trace import Trace, mark_outputs, trace_loss
+from hessfree.recording.world import World
 
 __all__ = [
     "BackwardCounter",
+    "BufferStates",
     "Call",
     "CallTree",
     "Closure",
@@ -20,6 +24,7 @@ __all__ = [
     "RandomState",
     "Recording",
     "Tail",
+    "Trace",
     "World",
     "call_at",
     "explains_gradient",
@@ -28,5 +33,6 @@ __all__ = [
     "mark_outputs",
     "record",
     "replay",
+    "trace_loss",
     "twice_differentiable",
 ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from hessfree.recording.buffers import BufferStates
 from hessfree.recording.random_state import RandomState
 from hessfree.vectors import ParameterVector
 
@@ -50,13 +55,18 @@ class Output:
             keep_value: Whether to keep the values.
 
         Returns:
-            One output for each tensor with a graph, in pytree order; leaves of the graph (a parameter
-            returned as it is) have no Jacobian of their own and are left out.
+            One output for each tensor with a graph, in pytree order. Leaves of the graph (a parameter returned
+            as it is) have no Jacobian of their own and are left out; so are complex and nested tensors, which
+            flat real vectors do not describe.
         """
         return tuple(
             cls(get_gradient_edge(t), t.shape, t.dtype, t.device, t.detach() if keep_value else None, i)
             for i, t in enumerate(tree_leaves(returned))
-            if isinstance(t, Tensor) and t.requires_grad and t.grad_fn is not None
+            if isinstance(t, Tensor)
+            and t.grad_fn is not None
+            and t.is_floating_point()
+            and t.layout == torch.strided
+            and not t.is_nested
         )
 
 
@@ -148,9 +158,11 @@ class CallTree:
         self._keep_value = keep_value
         self._stack: list[Call] = []
         self._handles: list[Any] = []
+        self._thread = 0
 
     def __enter__(self) -> CallTree:
-        """Begin to record."""
+        """Begin to record what this thread calls."""
+        self._thread = threading.get_ident()
         self._handles = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -163,10 +175,9 @@ class CallTree:
             handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.paused:
+        if self.paused or threading.get_ident() != self._thread:
             return
-        if not self._stack:
-            self.buffers.see(module)
+        self.buffers.see(module)
         if module not in self._owners:
             return
         outermost = not self._stack
@@ -180,7 +191,7 @@ class CallTree:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
         # torch passes no kwargs where the forward raised and the hook runs only because of always_call
-        if self.paused or module not in self._owners:
+        if self.paused or threading.get_ident() != self._thread or module not in self._owners:
             return
         call = self._stack.pop()
         if call.inputs or not self._stack:
@@ -188,50 +199,19 @@ class CallTree:
         call.outputs = Output.all_of(kwargs_and_output[-1], self._keep_value(call.path))
 
 
-class BufferStates:
-    """The buffers of modules, taken down so that running statistics can be put back.
+@contextlib.contextmanager
+def twice_differentiable() -> Generator[None]:
+    """Make every forward pass inside differentiable twice.
 
-    A buffer that was replaced by another tensor is put back as the object it was.
+    Fused attention has neither forward mode nor double backward, and compiled modules no double
+    backward: their plain forms are exact, and enough.
+
+    Yields:
+        Nothing.
     """
-
-    def __init__(self) -> None:
-        """Start with no module seen."""
-        self._seen: set[nn.Module] = set()
-        self._states: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-
-    def see(self, module: nn.Module) -> None:
-        """Take down the buffers of `module` and its parts unless they are known already."""
-        if module in self._seen:
-            return
-        for part in module.modules():
-            if part in self._seen:
-                continue
-            self._seen.add(part)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    self._states.append((part, name, buffer, buffer.detach().clone()))
-
-    def now(self) -> BufferStates:
-        """Return the present states of the same modules' buffers."""
-        other = BufferStates()
-        for module in self._seen:
-            other._seen.add(module)
-        for module, name, _, _ in self._states:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                other._states.append((module, name, buffer, buffer.detach().clone()))
-        return other
-
-    def restore(self) -> None:
-        """Put every buffer back, unseen by autograd's version counters."""
-        for module, name, buffer, value in self._states:
-            module._buffers[name] = buffer
-            buffer.data.copy_(value)
-
-    def finite(self) -> bool:
-        """Tell whether every floating point buffer holds finite numbers only, as it is now."""
-        for module, name, _, _ in self._states:
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                return False
-        return True
+    with sdpa_kernel(SDPBackend.MATH):
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield

@@ -6,104 +6,51 @@ replaced: backward runs and fills `p.grad` as always, and the loss keeps its gra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hessfree.recording.calls import Call, CallTree, Output
+from hessfree.recording.calls import CallTree, twice_differentiable
+from hessfree.recording.checks import check_returned, check_unscaled
 from hessfree.recording.random_state import GeneratorStates, RandomState
+from hessfree.recording.trace import Trace, collect_marks
+from hessfree.recording.world import World
 from hessfree.vectors import ParameterVector
 
 Closure = Callable[[], Any]
 
-_marking: list[list[Output]] = []
-
-
-def mark_outputs(outputs: Any) -> Any:
-    """Say that the Gauss-Newton cut is here: the network ends and the loss begins at `outputs`.
-
-    The curvature is then JᵀHJ with J the Jacobian of `outputs` in the parameters and H the Hessian of
-    the loss in `outputs`. Needed only where no module returns them: the residual of a differential
-    equation, a model that returns its own loss. Several calls in one closure mark several outputs.
-
-    Args:
-        outputs: A tensor, or any nesting of tuples, lists and dicts of tensors.
-
-    Returns:
-        `outputs`, unchanged. Outside a closure that `HessianFree.step` runs, nothing else happens.
-    """
-    if _marking:
-        _marking[-1].extend(Output.all_of(outputs))
-    return outputs
-
 
 @dataclasses.dataclass(eq=False)
-class Recording:
+class Recording(Trace):
     """One run of a closure.
 
     Attributes:
-        returned: What the closure returned.
         loss: The recorded loss: the sum of gradientᵢ · lossᵢ over the intercepted backward calls; a
             scalar with its graph.
         roots: The outermost calls of modules that own parameters.
         marks: What `mark_outputs` was given.
+        returned: What the closure returned.
         gradient: `[P]`, the gradient of `loss` alone: `p.grad` after the intercepted backward calls
             minus `p.grad` before them, whatever the closure did to `p.grad` later.
         accumulated: Whether `p.grad` held something before the first backward call.
         backwards: How many times the closure called backward.
-        differentiated: Whether the closure called `torch.autograd.grad`.
+        differentiated: Whether the closure called `torch.autograd.grad`, or else needs a graph to run.
         before: The world before the closure ran.
-        after: The world after it ran; None until the first replay.
+        after: The world after it ran.
     """
 
     returned: Any
-    loss: Tensor
-    roots: list[Call]
-    marks: list[Output]
     gradient: Tensor
     accumulated: bool
     backwards: int
     differentiated: bool
     before: World
-    after: World | None = None
-
-    def signature(self) -> tuple[Any, ...]:
-        """Return what stays the same as long as the closure calls the same modules in the same way."""
-        return (len(self.marks), tuple(call.signature() for call in self.roots))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class World:
-    """Everything outside the parameters that a forward pass may change.
-
-    Attributes:
-        random: The global random generators.
-        generators: The `torch.Generator` objects that the closure drew from.
-        buffers: The buffers of the modules that the closure called.
-    """
-
-    random: RandomState
-    generators: GeneratorStates
-    buffers: Any
-
-    def now(self, device: torch.device) -> World:
-        """Return the same things as they are now."""
-        return World(RandomState.capture(device), self.generators.now(), self.buffers.now())
-
-    def restore(self) -> None:
-        """Put everything back."""
-        self.random.restore()
-        self.generators.restore()
-        self.buffers.restore()
+    after: World
 
 
 class _Interceptor(TorchFunctionMode):
@@ -135,29 +82,51 @@ class _Interceptor(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def scaled_loss(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return the scalar whose plain backward is `tensor.backward(gradient)`."""
-    if gradient is None:
-        return tensor
-    return (tensor * gradient).sum()
+class _Gradients:
+    """Takes the place of the closure's backward calls: passes them on, and keeps the losses and their gradient."""
 
+    def __init__(self, parameters: ParameterVector, tree: CallTree) -> None:
+        self.losses: list[Tensor] = []
+        self.before: list[Tensor | None] = []
+        self.total: Tensor | None = None
+        self._parameters = parameters
+        self._tree = tree
 
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Make every forward pass inside differentiable twice.
+    def on_backward(self, loss: Tensor, backward: Callable[..., None], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("inputs") is not None:
+            raise RuntimeError(
+                "the closure called backward(inputs=...), which leaves out gradients that a step needs; "
+                "call loss.backward() without inputs"
+            )
+        if not self.losses:
+            self.before = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters.params]
+        self.losses.append(_scaled(loss, kwargs.get("gradient")))
+        self._tree.paused = True
+        try:
+            backward(loss, **{**kwargs, "retain_graph": True})
+        finally:
+            self._tree.paused = False
+        self._refuse_sparse()
+        self.total = self._parameters.gradients()
 
-    Fused attention has neither forward mode nor double backward, and compiled modules no double
-    backward: their plain forms are exact, and enough.
+    def recorded(self) -> Tensor:
+        """Return the gradient of the recorded loss `[P]`."""
+        assert self.total is not None
+        return self.total - self._parameters.flatten(self.before) if self.accumulated() else self.total
 
-    Yields:
-        Nothing.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
+    def accumulated(self) -> bool:
+        return any(g is not None for g in self.before)
+
+    def loss(self) -> Tensor:
+        return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
+
+    def _refuse_sparse(self) -> None:
+        for p in self._parameters.params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({p.grad.layout}), and a flat "
+                    "vector is dense; build the layer with sparse=False, or give that parameter to another optimizer"
+                )
 
 
 def record(closure: Closure, parameters: ParameterVector, tree: CallTree) -> Recording:
@@ -170,69 +139,43 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree) -> Rec
         tree: Records the module calls; entered here.
 
     Returns:
-        The recording. `p.grad` is as the closure left it.
-
-    Raises:
-        TypeError: The closure returned no tensor.
-        ValueError: Its loss is not a scalar.
-        RuntimeError: The loss has no graph, or was differentiated in a way that cannot be followed.
+        The recording. `p.grad` is as the closure left it. Where the closure raises, random generators and
+        buffers are put back.
     """
-    losses: list[Tensor] = []
-    before: list[Tensor | None] = []
-    gradient: list[Tensor] = []
-
-    def on_backward(loss: Tensor, backward: Callable[..., None], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("inputs") is not None:
-            raise RuntimeError(
-                "the closure called backward(inputs=...), which leaves out gradients that a step needs; "
-                "call loss.backward() without inputs"
-            )
-        if not losses:
-            before.extend(None if p.grad is None else p.grad.detach().clone() for p in parameters.params)
-        losses.append(scaled_loss(loss, kwargs.get("gradient")))
-        tree.paused = True
-        try:
-            backward(loss, **{**kwargs, "retain_graph": True})
-        finally:
-            tree.paused = False
-        gradient[:] = [_recorded_gradient(parameters, before)]
-
-    mode = _Interceptor(on_backward)
-    random = RandomState.capture(parameters.device)
-    marks: list[Output] = []
-    _marking.append(marks)
+    gradients = _Gradients(parameters, tree)
+    mode = _Interceptor(gradients.on_backward)
+    before = World(RandomState.capture(parameters.device), mode.generators, tree.buffers)
     try:
-        with torch.enable_grad(), twice_differentiable(), mode, tree:
-            returned = closure()
-        _check_returned(returned, bool(losses), mode.differentiated)
-        if losses:
-            _check_unscaled(losses, returned)
-        else:
-            on_backward(returned, torch.Tensor.backward, {})
+        with torch.enable_grad(), twice_differentiable():
+            with collect_marks() as marks, mode, tree:
+                returned = closure()
+            check_returned(returned, bool(gradients.losses), mode.differentiated)
+            if not gradients.losses:
+                gradients.on_backward(returned, torch.Tensor.backward, {})
+            elif len(gradients.losses) == 1:
+                check_unscaled(gradients.losses[0], returned)
+            return Recording(
+                loss=gradients.loss(),
+                roots=tree.roots,
+                marks=marks,
+                returned=returned,
+                gradient=gradients.recorded(),
+                accumulated=gradients.accumulated(),
+                backwards=len(gradients.losses),
+                differentiated=bool(mode.differentiated),
+                before=before,
+                after=before.now(parameters.device),
+            )
     except BaseException:
-        World(random, mode.generators, tree.buffers).restore()
+        before.restore()
         raise
-    finally:
-        _marking.pop()
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    return Recording(
-        returned=returned,
-        loss=loss,
-        roots=tree.roots,
-        marks=marks,
-        gradient=gradient[0],
-        accumulated=any(g is not None for g in before),
-        backwards=len(losses),
-        differentiated=bool(mode.differentiated),
-        before=World(random, mode.generators, tree.buffers),
-    )
 
 
 def replay(closure: Closure, recording: Recording, parameters: ParameterVector) -> float:
     """Run `closure` again in the world of `recording`, without backward.
 
-    Random numbers and buffers start as they did; afterwards they, and `p.grad`, stand where they
-    stood before the replay.
+    Random numbers and buffers start as they did; afterwards they stand where the recording left them, and
+    `p.grad` where it stood before the replay.
 
     Args:
         closure: The closure of the recording.
@@ -242,79 +185,47 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
     Returns:
         The recorded loss at the present values of the parameters.
     """
-    losses: list[Tensor] = []
     stash = [p.grad for p in parameters.params]
+    # a graph that saved a buffer must stay legal, whatever the forward pass does to it
+    with recording.before.buffers.versions_kept(), twice_differentiable():
+        try:
+            try:
+                losses = _rerun(closure, recording, parameters, stash)
+            except RuntimeError:
+                if recording.differentiated:
+                    raise
+                # the closure needs a graph for something else than backward: a tensor's hook, a check of its own
+                recording.differentiated = True
+                losses = _rerun(closure, recording, parameters, stash)
+        finally:
+            for p, g in zip(parameters.params, stash, strict=True):
+                p.grad = g
+            recording.after.restore()
+    return float(torch.stack(losses).sum())
+
+
+def _rerun(
+    closure: Closure, recording: Recording, parameters: ParameterVector, stash: Sequence[Tensor | None]
+) -> list[Tensor]:
+    losses: list[Tensor] = []
 
     def on_backward(loss: Tensor, backward: Callable[..., None], kwargs: dict[str, Any]) -> None:
-        losses.append(scaled_loss(loss, kwargs.get("gradient")).detach())
+        losses.append(_scaled(loss.detach(), kwargs.get("gradient")))
         for p, g in zip(parameters.params, stash, strict=True):
             if p.grad is None and g is not None:  # the closure may go on to clip or log gradients
                 p.grad = g.clone()
 
-    if recording.after is None:
-        recording.after = recording.before.now(parameters.device)
     recording.before.restore()
-    try:
-        for p in parameters.params:
-            p.grad = None
-        # a closure that differentiates inside (a physics-informed residual) needs its graph again
-        with torch.set_grad_enabled(recording.differentiated), twice_differentiable(), _Interceptor(on_backward):
-            returned = closure()
-    finally:
-        for p, g in zip(parameters.params, stash, strict=True):
-            p.grad = g
-        recording.after.restore()
-    if not losses:
-        losses.append(returned.detach())
-    return float(torch.stack([loss.reshape(()) for loss in losses]).sum())
-
-
-def _recorded_gradient(parameters: ParameterVector, before: list[Tensor | None]) -> Tensor:
     for p in parameters.params:
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse ({p.grad.layout}), and a flat vector "
-                "is dense; build the layer with sparse=False, or give that parameter to another optimizer"
-            )
-    after = parameters.gradients()
-    return after if all(b is None for b in before) else after - parameters.flatten(before)
+        p.grad = None
+    # a closure that differentiates inside (a physics-informed residual) needs its graph again
+    with torch.set_grad_enabled(recording.differentiated), _Interceptor(on_backward):
+        returned = closure()
+    return losses or [returned.detach().reshape(())]
 
 
-def _check_returned(returned: Any, backward_seen: bool, differentiated: list[Tensor]) -> None:
-    if not isinstance(returned, Tensor):
-        raise TypeError(
-            f"the closure returned {returned!r} of type {type(returned).__name__}, not a tensor; "
-            "end it with `return loss`"
-        )
-    if returned.numel() != 1:
-        raise ValueError(
-            f"the closure returned a tensor of shape {tuple(returned.shape)}, not a scalar; "
-            "reduce it first, for example return loss.mean()"
-        )
-    if backward_seen:
-        return
-    if any(t is returned for t in differentiated):
-        raise RuntimeError(
-            "the closure called torch.autograd.grad on the loss, which HessianFree cannot follow; "
-            "call loss.backward() instead and leave p.grad as it fills it"
-        )
-    if not returned.requires_grad:
-        raise RuntimeError(
-            f"the closure returned a loss without a graph ({returned!r}) and never called backward(); "
-            "call loss.backward() in the closure, and return the loss before detach() or item() matters"
-        )
-
-
-def _check_unscaled(losses: list[Tensor], returned: Tensor) -> None:
-    """Refuse a loss multiplied by a GradScaler: its scale changes from step to step, and G with it."""
-    node = losses[0].grad_fn
-    factor = getattr(node, "_saved_other", None)
-    if len(losses) > 1 or not isinstance(factor, Tensor) or factor.numel() != 1 or factor.requires_grad:
-        return
-    scale = float(factor)
-    # a GradScaler's scale is a power of two held in a tensor, and what the closure returns is the loss without it
-    if scale >= 2 and math.log2(scale).is_integer() and float(losses[0].detach()) == scale * float(returned.detach()) != 0:
-        raise RuntimeError(
-            f"backward was called on {scale:g} times the loss that the closure returned, as a GradScaler does; "
-            "HessianFree needs the loss itself: drop the GradScaler and use bfloat16 autocast or float32"
-        )
+def _scaled(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return the scalar whose plain backward is `tensor.backward(gradient)`."""
+    if gradient is not None:
+        return (tensor * gradient.detach()).sum()
+    return tensor if tensor.ndim == 0 else tensor.reshape(())

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from hessfree.recording.calls import Call, Output
-from hessfree.recording.closure import Recording
+from hessfree.recording.checks import check_differentiable_again
 from hessfree.recording.tail import Tail
+from hessfree.recording.trace import Trace
 from hessfree.vectors import ParameterVector
 
 Path = tuple[int, ...]
@@ -44,7 +46,7 @@ class Cut:
 
     Attributes:
         outputs: z, as many tensors as the loss uses directly; empty where no module explains the loss.
-        calls: The outermost calls that these outputs came from, in order; empty if they were marked.
+        calls: The outermost calls that these outputs came from, in order; empty if some of them were marked.
         tail: The loss as a function of z (and of the parameters it uses directly).
         place: Where it is.
     """
@@ -55,13 +57,14 @@ class Cut:
     place: CutPlace
 
 
-def find_cut(recording: Recording, parameters: ParameterVector, model: nn.Module | None = None) -> CutPlace:
+def find_cut(recording: Trace, parameters: ParameterVector, model: nn.Module | None = None) -> CutPlace:
     """Search the tree of calls from the outermost inward.
 
-    A call whose outputs contain the loss, or in whose outputs the loss is linear, is transparent: the
-    calls that it made are tried in its place. (Hence wrappers, `(logits, loss)` models and modules that
-    return their loss need no special case.) Of the calls on a level only those outputs count that the loss
-    uses directly.
+    A call in whose outputs the loss has no second derivative is transparent: the calls that it made are tried in
+    its place. So is one that returns a number that the loss is linear in: a part of the loss. (Hence wrappers,
+    `(logits, loss)` models, modules that return their loss, or objects that hide their tensors, need no special
+    case.) Of the calls on a level only those outputs count that the loss uses directly. What was marked by
+    `mark_outputs` counts on every level.
 
     Args:
         recording: A closure's run.
@@ -71,37 +74,29 @@ def find_cut(recording: Recording, parameters: ParameterVector, model: nn.Module
     Returns:
         The place of the cut.
     """
+    check_differentiable_again(recording.loss)
     params = parameters.params
-    if recording.marks:
-        outputs = tuple(recording.marks)
-        tail = Tail(recording.loss, outputs, params)
-        used = [i for i, g in enumerate(tail.gradients) if g is not None]
-        if used:
-            return CutPlace(tuple((None, i) for i in used), "mark_outputs" + _rest(tail))
+    marks = _distinct([_Candidate(None, i, o) for i, o in enumerate(recording.marks)])
     level = list(recording.roots) if model is None else _calls_of(recording.roots, model)
-    while level:
-        level = [call for call in level if call.outputs]
-        flat = [(call, i) for call in level for i in range(len(call.outputs))]
-        if not flat:
-            break
-        tail = Tail(recording.loss, [call.outputs[i] for call, i in flat], params)
-        curved = _curved(tail, recording, [call for call, _ in flat])
-        used_calls = {id(call) for (call, _), g in zip(flat, tail.gradients, strict=True) if g is not None}
-        transparent = [call for call in level if id(call) in used_calls and id(call) not in curved]
-        deeper = [call for call in transparent if _has_outputs_below(call)]
+    while True:
+        candidates = _distinct(
+            marks + [_Candidate(call, i, o) for call in level for i, o in enumerate(call.outputs)]
+        )
+        tail = Tail(recording.loss, [c.output for c in candidates], params)
+        used = [c for c, g in zip(candidates, tail.gradients, strict=True) if g is not None]
+        bends = _bends(tail)
+        curved = {c.call for c, bend in zip(candidates, bends, strict=True) if bend}
+        partial = {c.call for c, bend in zip(candidates, bends, strict=True) if not bend and c in used and c.is_number}
+        deeper = [call for call in level if call.children and (call not in curved or call in partial)]
         if not deeper:
-            if curved:
-                kept = [
-                    (call, i) for (call, i), g in zip(flat, tail.gradients, strict=True) if g is not None
-                ]
-                names = " + ".join(dict.fromkeys(type(call.module).__name__ for call, _ in kept))
-                return CutPlace(tuple((call.path, i) for call, i in kept), f"outputs of {names}{_rest(tail)}")
             break
         level = [new for call in level for new in (call.children if call in deeper else [call])]
-    return _no_cut(recording, params)
+    if not curved and not any(c.call is None for c in used):
+        return _no_cut(recording, params, model)
+    return CutPlace(tuple(c.place for c in used), _words(used, tail))
 
 
-def make_cut(recording: Recording, parameters: ParameterVector, place: CutPlace) -> Cut:
+def make_cut(recording: Trace, parameters: ParameterVector, place: CutPlace) -> Cut:
     """Cut `recording` at `place`.
 
     Args:
@@ -120,10 +115,12 @@ def make_cut(recording: Recording, parameters: ParameterVector, place: CutPlace)
         else:
             calls[path] = call_at(recording.roots, path)
             outputs.append(calls[path].outputs[index])
-    return Cut(tuple(outputs), tuple(calls.values()), Tail(recording.loss, outputs, parameters.params), place)
+    marked = any(path is None for path, _ in place.places)
+    sources = () if marked else tuple(calls.values())
+    return Cut(tuple(outputs), sources, Tail(recording.loss, outputs, parameters.params), place)
 
 
-def explains_gradient(cut: Cut, recording: Recording, parameters: ParameterVector) -> bool:
+def explains_gradient(cut: Cut, recording: Trace, parameters: ParameterVector) -> bool:
     """Check the chain rule J_zᵀ d ell/dz + d ell/d theta = dL/d theta of the recorded loss.
 
     Args:
@@ -140,7 +137,7 @@ def explains_gradient(cut: Cut, recording: Recording, parameters: ParameterVecto
     parts = parameters.flatten(cut.tail.direct)
     if used:
         parts = parts + _flat_grad(parameters, [e for e, _ in used], [g for _, g in used])
-    precision = max(torch.finfo(t.dtype).eps for t in (*params, *cut.outputs))
+    precision = max(torch.finfo(dtype).eps for dtype in {p.dtype for p in params} | {o.dtype for o in cut.outputs})
     return bool((parts - whole).norm() <= precision**0.5 * whole.norm())
 
 
@@ -149,25 +146,55 @@ def _flat_grad(parameters: ParameterVector, outputs: Sequence[Any], weights: Seq
     return parameters.flatten(found)
 
 
-def _curved(tail: Tail, recording: Recording, owners: Sequence[Call]) -> set[int]:
-    """Return the ids of the calls in whose outputs the loss has a second derivative.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Candidate:
+    call: Call | None  # None for an output that was marked
+    index: int
+    output: Output
+
+    @property
+    def place(self) -> tuple[Path | None, int]:
+        return None if self.call is None else self.call.path, self.index
+
+    @property
+    def is_number(self) -> bool:
+        return self.output.shape.numel() == 1 and self.call is not None
+
+
+def _distinct(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Drop what stands a second time: a tensor that is returned under two names is one output."""
+    found: dict[tuple[Node, int], _Candidate] = {}
+    for c in candidates:
+        found.setdefault((c.output.edge.node, c.output.edge.output_nr), c)
+    return list(found.values())
+
+
+def _bends(tail: Tail) -> list[bool]:
+    """Tell in which outputs the loss has a second derivative.
 
     The test multiplies the Hessian by one random vector; the loss itself among the outputs, or a loss that
     is linear in them, gives exact zeros.
+
+    Args:
+        tail: The loss behind the outputs.
+
+    Returns:
+        One answer an output.
     """
     generator = torch.Generator().manual_seed(0)
     w = [torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in tail.outputs]
     found, _ = tail.product(w)
-    curved = set()
-    for call, o, h in zip(owners, tail.outputs, found, strict=True):
-        holds_loss = o.edge.node is recording.loss.grad_fn and o.edge.output_nr == recording.loss.output_nr
-        if h is not None and not holds_loss and bool(h.any()):
-            curved.add(id(call))
-    return curved
+    return [h is not None and bool(h.any()) for h in found]
 
 
-def _has_outputs_below(call: Call) -> bool:
-    return any(child.outputs for child in call.children)
+def _words(used: Sequence[_Candidate], tail: Tail) -> str:
+    names = ["mark_outputs"] if any(c.call is None for c in used) else []
+    modules = dict.fromkeys(type(c.call.module).__name__ for c in used if c.call is not None)
+    if modules:
+        names.append("outputs of " + " + ".join(modules))
+    if tail.has_direct:
+        names.append("exact Hessian of what the loss adds to them")
+    return " + ".join(names)
 
 
 def _calls_of(roots: Sequence[Call], model: nn.Module) -> list[Call]:
@@ -188,19 +215,16 @@ def call_at(roots: Sequence[Call], path: Path) -> Call:
     return call
 
 
-def _rest(tail: Tail) -> str:
-    return " + exact Hessian of what the loss adds to them" if tail.has_direct else ""
-
-
-def _no_cut(recording: Recording, params: Sequence[Tensor]) -> CutPlace:
-    tail = Tail(recording.loss, (), params)
-    if tail.linear:
+def _no_cut(recording: Trace, params: Sequence[Tensor], model: nn.Module | None) -> CutPlace:
+    if Tail(recording.loss, (), params).linear:
         return CutPlace(
             (),
             "none: the loss is linear in the parameters",
             "the loss is linear in the parameters, so it has no curvature: HessianFree takes damped gradient steps",
         )
-    if recording.roots:
+    if model is not None and not _calls_of(recording.roots, model):
+        why = f"the closure does not call the {type(model).__name__} that was given as model"
+    elif recording.roots:
         why = "the loss is linear in the outputs of the modules (as an L1 loss is), or it is the output of one module"
     else:
         why = "the closure calls no module that owns the parameters"

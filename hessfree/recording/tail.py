@@ -1,4 +1,4 @@
-"""The part of a recorded loss behind the network's outputs: L = ell(z, theta), differentiated with z held as a variable.
+"""The part of a recorded loss behind the network's outputs: L = ell(z, theta), with z held as a variable.
 
 Autograd alone would give total derivatives: the gradient at one output would include what flows through
 another one that depends on it, and the gradient at a parameter would include all of the network. Here the
@@ -8,12 +8,12 @@ autograd has captured it, and autograd passes an undefined gradient on for free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hessfree.recording.calls import Output
 
@@ -38,11 +38,12 @@ class Tail:
         """
         self.outputs = tuple(outputs)
         self._params = tuple(params)
-        with _stopped_at(self.outputs):
-            found = _grad([loss], [o.edge for o in self.outputs] + list(params), None, create_graph=True)
-        found = [None if t is None or _is_zero(t) else t for t in found]
-        self.gradients: list[Tensor | None] = found[: len(self.outputs)]
-        self.direct: list[Tensor | None] = found[len(self.outputs) :]
+        # what the loss reaches is read off the graph: a gradient of zeros would not tell, since autograd
+        # feeds custom functions with zeros for what is undefined, and they hand zeros on
+        edges, leaves = _reached(loss, self.outputs)
+        self._used = [i for i, o in enumerate(self.outputs) if (o.edge.node, o.edge.output_nr) in edges]
+        self._direct = [i for i, p in enumerate(self._params) if id(p) in leaves]
+        self.gradients, self.direct = self._differentiate([loss], None, create_graph=True)
         self._coupled: bool | None = None
 
     @property
@@ -60,11 +61,8 @@ class Tail:
         """Whether the direct gradient depends on z: then ell's Hessian has mixed blocks."""
         if self._coupled is None:
             sources = [t for t in self.direct if t is not None and t.requires_grad]
-            self._coupled = False
-            if sources and self.outputs:
-                with _stopped_at(self.outputs):
-                    mixed = _grad(sources, [o.edge for o in self.outputs], [torch.ones_like(t) for t in sources])
-                self._coupled = any(t is not None for t in mixed)
+            mixed, _ = self._differentiate(sources, [torch.ones_like(t) for t in sources])
+            self._coupled = any(t is not None for t in mixed)
         return self._coupled
 
     def product(
@@ -85,24 +83,70 @@ class Tail:
                 if g is not None and g.requires_grad:
                     sources.append(g)
                     weights.append(f.to(g.dtype))
-        targets: list[Any] = [o.edge for o in self.outputs]
-        if v is not None or self.has_direct:
-            targets += list(self._params)
-        if not sources:
-            return [None] * len(self.outputs), [None] * len(self._params)
+        return self._differentiate(sources, weights)
+
+    def _differentiate(
+        self, sources: Sequence[Tensor], weights: Sequence[Tensor] | None, create_graph: bool = False
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return the derivatives of `sources` in the outputs and in the parameters, with all z held as variables."""
+        along_z: list[Tensor | None] = [None] * len(self.outputs)
+        along_theta: list[Tensor | None] = [None] * len(self._params)
+        targets: list[Any] = [self.outputs[i].edge for i in self._used] + [self._params[i] for i in self._direct]
+        if not sources or not targets:
+            return along_z, along_theta
         with _stopped_at(self.outputs):
-            found = _grad(sources, targets, weights)
-        found += [None] * (len(self.outputs) + len(self._params) - len(found))
-        return found[: len(self.outputs)], found[len(self.outputs) :]
+            found = torch.autograd.grad(
+                sources, targets, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+        for i, t in zip(self._used, found, strict=False):
+            along_z[i] = t
+        for i, t in zip(self._direct, found[len(self._used) :], strict=True):
+            along_theta[i] = t
+        return along_z, along_theta
+
+
+def walk(edge: GradientEdge, stops: Mapping[Node, set[int]]) -> Iterator[tuple[Node, int]]:
+    """Walk the autograd graph from `edge` towards the leaves.
+
+    Args:
+        edge: Where to begin.
+        stops: Outputs of nodes, by number, behind which not to go.
+
+    Yields:
+        Each edge that is reached, once: a node and the number of its output.
+    """
+    seen, entered = set(), set()
+    stack = [(edge.node, edge.output_nr)]
+    while stack:
+        node, number = stack.pop()
+        if (node, number) in seen:
+            continue
+        seen.add((node, number))
+        yield node, number
+        if number not in stops.get(node, ()) and node not in entered:
+            entered.add(node)
+            stack.extend((n, i) for n, i in node.next_functions if n is not None)
+
+
+def _reached(loss: Tensor, outputs: Sequence[Output]) -> tuple[set[tuple[Node, int]], set[int]]:
+    """Return the edges, and the ids of the leaf tensors, that `loss` reaches without passing through an output."""
+    edges = set(walk(get_gradient_edge(loss), _stops(outputs)))
+    leaves: list[Any] = [node for node, _ in edges if node.name() == "torch::autograd::AccumulateGrad"]
+    return edges, {id(node.variable) for node in leaves}
+
+
+def _stops(outputs: Sequence[Output]) -> dict[Node, set[int]]:
+    stops: dict[Node, set[int]] = {}
+    for o in outputs:
+        stops.setdefault(o.edge.node, set()).add(o.edge.output_nr)
+    return stops
 
 
 class _stopped_at:  # noqa: N801 - reads as a phrase in a with statement
     """While entered, gradients are captured at the outputs and go no further."""
 
     def __init__(self, outputs: Sequence[Output]) -> None:
-        self._at: dict[Node, set[int]] = {}
-        for o in outputs:
-            self._at.setdefault(o.edge.node, set()).add(o.edge.output_nr)
+        self._at = _stops(outputs)
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
@@ -120,17 +164,3 @@ def _stopper(numbers: set[int]) -> Any:
 
     return stop
 
-
-def _grad(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor] | None, create_graph: bool = False
-) -> list[Tensor | None]:
-    return list(
-        torch.autograd.grad(
-            outputs, inputs, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-    )
-
-
-def _is_zero(t: Tensor) -> bool:
-    """Tell a gradient that autograd made up (a custom function fed with undefined gradients) from a real one."""
-    return not t.requires_grad and not bool(t.any())

@@ -1,0 +1,91 @@
+"""What a closure must not do, each with an error that names the cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from hessfree.recording.tail import walk
+
+
+def check_returned(returned: Any, backward_seen: bool, differentiated: Sequence[Tensor]) -> None:
+    """Check what a closure returned.
+
+    Args:
+        returned: Should be a scalar tensor; with a graph, if backward was not called.
+        backward_seen: Whether the closure called backward.
+        differentiated: What it gave to `torch.autograd.grad`.
+
+    Raises:
+        TypeError: It returned no tensor.
+        ValueError: It returned several numbers.
+        RuntimeError: It called no backward, and returned nothing to call it on.
+    """
+    if not isinstance(returned, Tensor):
+        raise TypeError(
+            f"the closure returned {returned!r} of type {type(returned).__name__}, not a tensor; "
+            "end it with `return loss`"
+        )
+    if returned.numel() != 1:
+        raise ValueError(
+            f"the closure returned a tensor of shape {tuple(returned.shape)}, not a scalar; "
+            "reduce it first, for example return loss.mean()"
+        )
+    if backward_seen:
+        return
+    if any(t is returned for t in differentiated):
+        raise RuntimeError(
+            "the closure called torch.autograd.grad on the loss, which HessianFree cannot follow; "
+            "call loss.backward() instead and leave p.grad as it fills it"
+        )
+    if not returned.requires_grad:
+        raise RuntimeError(
+            f"the closure returned a loss without a graph ({returned!r}) and never called backward(); call "
+            "loss.backward() in the closure, or return the loss itself, without detach(), item() or torch.no_grad()"
+        )
+
+
+def check_unscaled(loss: Tensor, returned: Tensor) -> None:
+    """Refuse a loss multiplied by a GradScaler: its scale changes from step to step, and G with it.
+
+    A GradScaler's scale is a power of two in a float32 tensor (a Python number would be saved as float64 or
+    int64), and what the closure returns is the loss without it.
+
+    Args:
+        loss: What backward was called on.
+        returned: What the closure returned.
+
+    Raises:
+        RuntimeError: `loss` is the scaled `returned`.
+    """
+    factor = getattr(loss.grad_fn, "_saved_other", None)
+    if not isinstance(factor, Tensor) or factor.shape or factor.dtype != torch.float32 or factor.requires_grad:
+        return
+    scale, value = float(factor), float(returned.detach())
+    if scale >= 2 and math.log2(scale).is_integer() and float(loss.detach()) == scale * value != 0:
+        raise RuntimeError(
+            f"backward was called on {scale:g} times the loss that the closure returned, as a GradScaler does; "
+            "HessianFree needs the loss itself: drop the GradScaler and use bfloat16 autocast or float32"
+        )
+
+
+def check_differentiable_again(loss: Tensor) -> None:
+    """Refuse a reentrant checkpoint, whose graph only a plain backward() can walk.
+
+    Args:
+        loss: A scalar with its graph.
+
+    Raises:
+        RuntimeError: There is one in the graph.
+    """
+    for node, _ in walk(get_gradient_edge(loss), {}):
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model uses torch.utils.checkpoint with use_reentrant=True, which can be differentiated by "
+                "backward() only, and HessianFree needs products with the Jacobian; pass use_reentrant=False"
+            )
