@@ -74,26 +74,28 @@ class KFAC:
         Returns:
             The new state, and a warning where H has no root to sample from.
         """
+        known = list(state.get("blocks", ()))
         layers = _group(sample)
-        covered = {i for layer in layers for i in (layer.weight, layer.bias) if i is not None}
+        covered = {i for layer in layers for i in (layer.weight, layer.bias)}
+        # a layer that this batch did not call (stochastic depth) keeps what is known of it
+        resting = [b for b in known if not covered & ({b["weight"], b["bias"]} - {None})]
+        covered.update(i for b in resting for i in (b["weight"], b["bias"]))
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
-        outer, squares, warning = _measure(sample, self.factors, layers, others)
         inner = [layer.inner(sample.parameters.dtype) for layer in layers]
-        if not all(bool(torch.isfinite(t).all()) for t in (*outer, *squares, *inner)):
+        outer, squares, warning = _measure(sample, self.factors, layers, others)
+        if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares)):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
         updates = state.get("updates", 0) + 1
         keep = min(1 - 1 / updates, self.decay)
-        known = {(b["weight"], b["bias"]): b for b in state.get("blocks", ())}
-        blocks = []
+        old = {(b["weight"], b["bias"]): (b["inner"], b["outer"]) for b in known}
+        blocks = list(resting)
         for layer, a, s in zip(layers, inner, outer, strict=True):
-            old = known.get((layer.weight, layer.bias))
-            if old is not None:
-                a, s = torch.lerp(a, old["inner"], keep), torch.lerp(s, old["outer"], keep)
-            blocks.append(KroneckerBlock.of(layer.weight, layer.bias, a, s).state())
-        before = state.get("diagonal", {})
-        diagonal = {
-            i: torch.lerp(d, before[i], keep) if i in before else d for i, d in zip(others, squares, strict=True)
-        }
+            before = old.get((layer.weight, layer.bias), (a, s))
+            means = (torch.lerp(new, was, keep) for new, was in zip((a, s), before, strict=True))
+            blocks.append(KroneckerBlock.of(layer.weight, layer.bias, *means).state())
+        diagonal = dict(zip(others, squares, strict=True))
+        for i in diagonal.keys() & state.get("diagonal", {}).keys():
+            diagonal[i] = torch.lerp(diagonal[i], state["diagonal"][i], keep)
         return {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal}, warning
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
@@ -133,14 +135,14 @@ class _Layer:
 
     def inner(self, dtype: torch.dtype) -> Tensor:
         """Return A, the mean of a aᵀ over the rows of all calls."""
-        blocks = []
+        parts = []
         for call, owns in zip(self.calls, self.owns_bias, strict=True):
-            rows = _input_of(call).detach()
-            rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+            inputs = _input_of(call)
+            part = inputs.detach().reshape(-1, inputs.shape[-1]).to(dtype)
             if self.bias is not None:
-                rows = torch.cat([rows, rows.new_full((rows.shape[0], 1), float(owns))], 1)
-            blocks.append(rows)
-        rows = torch.cat(blocks)
+                part = torch.cat([part, part.new_full((part.shape[0], 1), float(owns))], 1)
+            parts.append(part)
+        rows = torch.cat(parts)
         return rows.T @ rows / rows.shape[0]
 
 
@@ -157,6 +159,8 @@ def _group(sample: Sample) -> list[_Layer]:
         module = call.module
         if not isinstance(module, nn.Linear) or not call.outputs or module.weight not in parameters:
             continue
+        if not call.inputs and "input" not in call.keywords:
+            continue  # the input was not kept: the diagonal has to do
         weight = parameters.index_of(module.weight)
         bias = parameters.index_of(module.bias) if module.bias is not None and module.bias in parameters else None
         if weight not in layers:  # two weights may share one bias, which then belongs to the first
