@@ -16,7 +16,7 @@ from experiments.data import Dataset
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (x [n, D], t [n, 1] or a scalar tensor) -> velocity [n, D]
 
-_BLOCK = 4096
+_BLOCK = 8192
 # The points of an evaluation are the same for every optimizer and every seed of a run.
 _EVALUATION_SEED = 12345
 _EVALUATION_POINTS_2D = 16384
@@ -81,7 +81,7 @@ class BatchStream:
     """An endless sequence of training rows, the same for a seed however it is cut into batches.
 
     Rows are drawn in blocks of fixed size and handed out in order. An optimizer with batches of 256 thus sees the very
-    rows, noise included, that one with batches of 4096 sees; and small batches do not pay for many small draws.
+    rows, noise included, that one with batches of 8192 sees; and small batches do not pay for many small draws.
     """
 
     def __init__(self, dataset: Dataset, seed: int, device: torch.device | str = "cpu") -> None:

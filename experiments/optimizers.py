@@ -114,7 +114,7 @@ class HessianFreeSettings:
 
     lr: float = 1.0
     damping: float = 0.3
-    batch_size: int = 4096
+    batch_size: int = 8192
     curvature_batch: int | None = None
     cg_iterations: int = 3
     minimum_damping: float = 1e-3

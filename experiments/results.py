@@ -124,7 +124,8 @@ class TensorBoardLog:
             "loss/holdout": point.holdout_loss,
             "progress/samples": float(point.samples),
             "progress/training_seconds": point.seconds,
-            **point.internals,
+            # NaN there means "not needed at this step"; among the losses it means divergence, and is shown.
+            **{tag: value for tag, value in point.internals.items() if math.isfinite(value)},
         }
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, global_step=point.step, walltime=self._now + point.seconds)

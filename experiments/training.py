@@ -265,7 +265,7 @@ class _Training:
 def _internals(optimizer: Optimizer) -> dict[str, float]:
     """The numbers of the last step's report, where an optimizer keeps one."""
     report: Any = getattr(optimizer, "last_step", None)
-    return {} if report is None else report.scalars("optimizer")
+    return {} if report is None else report.scalars("optimizer/")
 
 
 def train(
@@ -296,7 +296,8 @@ def train(
     training.record()
     due = evaluation_times(budget_seconds) if moments is None else list(moments)
     while (elapsed := training.clock.seconds) < budget_seconds or training.steps == 0:
-        training.step(elapsed / budget_seconds)
+        # The first step has full length even where building the optimizer took more than a tiny budget.
+        training.step(elapsed / budget_seconds if training.steps else 0.0)
         elapsed = training.clock.seconds
         if elapsed >= budget_seconds or (due and elapsed >= due[0]):
             training.record()

@@ -15,7 +15,7 @@ from experiments.optimizers import (
 
 def test_defaults_by_dimension() -> None:
     flat = choose_settings(["hessfree", "dense-fisher", "adam"], [], dim=2)
-    assert flat["hessfree"] == HessianFreeSettings(batch_size=4096, curvature_batch=512, minimum_damping=1e-3)
+    assert flat["hessfree"] == HessianFreeSettings(batch_size=8192, curvature_batch=1024, minimum_damping=1e-3)
     assert flat["dense-fisher"].batch_size <= 256
     assert flat["adam"] == AdamSettings(lr=None, batch_size=1024)
     digits = choose_settings(["hessfree"], [], dim=64)["hessfree"]

@@ -24,7 +24,13 @@ def point(step: int, excess: float, **internals: float) -> Point:
 def runs() -> list[Run]:
     hessfree = HessianFreeSettings()
     return [
-        Run("hessfree", hessfree, 0, 2.0, (point(0, 8.0), point(6, 0.1, **{"optimizer/damping": 0.3}))),
+        Run(
+            "hessfree",
+            hessfree,
+            0,
+            2.0,
+            (point(0, 8.0), point(6, 0.1, **{"optimizer/damping": 0.3, "optimizer/ratio": math.nan})),
+        ),
         Run("adam", AdamSettings(lr=0.03), 0, 2.0, (point(0, 8.0), point(4, 0.4)), (Trial(0.03, 0.5),)),
     ]
 
@@ -35,7 +41,7 @@ def test_json(problem: Problem, runs: list[Run], tmp_path: Path) -> None:
     assert content["environment"]["torch"] == torch.__version__
     hessfree, adam = content["runs"]
     assert hessfree["optimizer"] == "hessfree"
-    assert hessfree["settings"]["curvature_batch"] == 512
+    assert hessfree["settings"]["curvature_batch"] == 1024
     assert hessfree["seconds"] == [0.0, 3.0] and hessfree["samples"] == [0, 60]
     assert hessfree["train_loss"] == [13.0, 5.1] and hessfree["excess_loss"] == [8.0, 0.1]
     assert hessfree["final"]["excess_loss"] == 0.1 and hessfree["final"]["overshoot_seconds"] == 1.0

@@ -74,7 +74,7 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
         (["--seed", "-3"], ["-3", "0 to"]),
         (["--device", "abacus"], ["'abacus'", "cpu"]),
         (["--set", "hessfree.colour=1"], ["'colour'", "damping"]),
-        (["--set", "hessfree.curvature_batch=5000"], ["5000", "4096"]),
+        (["--set", "hessfree.curvature_batch=9000"], ["9000", "8192"]),
         (["--data", "digits-784", "--optimizers", "dense-fisher"], ["109584", "leave it out"]),
     ],
 )

@@ -102,13 +102,13 @@ def test_learning_rates_follow_the_budget(problem: Problem, ticks: None, monkeyp
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=4)
-    assert rates == pytest.approx([0.01 * step_length(second / 4) for second in (1, 2, 3)])
+    assert rates == pytest.approx([0.01 * step_length(second / 4) for second in (0, 2, 3)])
 
 
 def test_internals_come_from_the_report(problem: Problem) -> None:
     class Report:
         def scalars(self, prefix: str) -> dict[str, float]:
-            return {f"{prefix}/damping": 0.5}
+            return {f"{prefix}damping": 0.5}
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     assert training._internals(optimizer) == {}
