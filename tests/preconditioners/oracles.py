@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from hessfree.linearization import run_model
 from hessfree.losses import OutputHessian
 from hessfree.preconditioners import Sample
-from hessfree.recording import Tail
+from hessfree.recording import CallTree, Owners, Tail
 from hessfree.vectors import FlatSpace, ParameterVector
 
 Loss = Callable[[Tensor], Tensor]
@@ -21,7 +20,9 @@ Loss = Callable[[Tensor], Tensor]
 
 def sample_of(model: nn.Module, inputs: Any, loss_fn: Loss, seed: int = 0) -> Sample:
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-    call, returned = run_model(model, inputs, parameters)
+    with CallTree(Owners(parameters), parameters.device, lambda _: True, lambda _: True) as tree:
+        returned = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    (call,) = tree.roots
     outputs = call.outputs
     tail = Tail(loss_fn(returned), outputs, parameters.params)
     space = FlatSpace([o.shape for o in outputs], [o.dtype for o in outputs], outputs[0].device)
