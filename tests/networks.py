@@ -474,7 +474,6 @@ def logits_and_loss() -> Problem:
         cut="outputs of Sequential",
         inputs=(x, y),
         loss_fn=lambda out, _: out[1],
-        functional=False,
     )
 
 
@@ -486,7 +485,6 @@ def wrapped() -> Problem:
         outputs=lambda: (model.module.module.net(x),),
         ell=lambda z: F.cross_entropy(z[0], y),
         cut="outputs of Sequential",
-        functional=False,
     )
 
 
@@ -547,7 +545,7 @@ def differential_equation() -> Problem:
 
 def weight_norm() -> Problem:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
-    return simple(model, randn(5, 3), F.mse_loss, randn(5, 2, seed=3))
+    return simple(model, randn(5, 3), F.mse_loss, randn(5, 2, seed=3), functional=False)
 
 
 def custom_function() -> Problem:
@@ -560,6 +558,11 @@ def checkpointed() -> Problem:
 
 def in_place() -> Problem:
     return simple(InPlace(), randn(5, 3), F.mse_loss, randn(5, 2, seed=3), functional=False)
+
+
+def shared_module() -> Problem:
+    inner = mlp(3, 4, 3)
+    return simple(nn.Sequential(inner, nn.Tanh(), inner), randn(4, 3), F.mse_loss, randn(4, 3, seed=3))
 
 
 def in_place_after() -> Problem:
@@ -615,6 +618,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         custom_function,
         checkpointed,
         in_place,
+        shared_module,
         in_place_after,
         partly_frozen,
     )
@@ -654,11 +658,17 @@ class _Bound(nn.Module):
 
 def at(problem: Problem, theta: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """Call `function` with the flat vector `theta` in place of the model's parameters, from seed 0."""
-    named = [(n, p) for n, p in problem.model.named_parameters() if p.requires_grad]
-    pieces = theta.split([p.numel() for _, p in named])
-    state = {f"model.{n}": t.view_as(p) for (n, p), t in zip(named, pieces, strict=True)}
+    params = [p for p in problem.model.parameters() if p.requires_grad]
+    pieces = {id(p): t.view_as(p) for p, t in zip(params, theta.split([p.numel() for p in params]), strict=True)}
+    # every module once, under every parameter that it holds: functional_call spoils modules that it meets twice
+    state = {
+        f"model.{prefix}.{name}".replace("..", "."): pieces[id(p)]
+        for prefix, part in problem.model.named_modules()
+        for name, p in part._parameters.items()
+        if p is not None and id(p) in pieces
+    }
     torch.manual_seed(0)
-    return functional_call(_Bound(problem.model, function), state, args)
+    return functional_call(_Bound(problem.model, function), state, args, tie_weights=False)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

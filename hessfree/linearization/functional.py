@@ -8,12 +8,12 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError, in_words
-from hessfree.recording import Call, Output, RandomState
+from hessfree.recording import Call, Output, RandomState, twice_differentiable
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
@@ -53,10 +53,7 @@ class FunctionalLinearization:
                 raise LinearizationError(f"the inputs of {type(call.module).__name__} were not kept")
             if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((call.inputs, call.keywords))):
                 raise LinearizationError(f"the inputs of {type(call.module).__name__} require grad")
-        self._names = [
-            {n: parameters.index_of(p) for n, p in c.module.named_parameters(remove_duplicate=False) if p in parameters}
-            for c in calls
-        ]
+        self._names = [_names(call.module, parameters) for call in calls]
         primals = tuple(p.detach() for p in parameters.params)
         try:
             with self._forward_mode():
@@ -89,12 +86,10 @@ class FunctionalLinearization:
     def _evaluate(self, *values: Tensor) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         for call, names, places in zip(self._calls, self._names, self._places, strict=True):
-            # cloned: BatchNorm in train mode writes into its buffers, which must stay the user's
-            state: dict[str, Tensor] = {n: b.clone() for n, b in call.module.named_buffers()}
-            state |= {n: values[i] for n, i in names.items()}
+            state = _cloned_buffers(call.module) | {n: values[i] for n, i in names.items()}
             if call.random is not None:
                 call.random.restore()
-            returned = functional_call(call.module, state, call.inputs, call.keywords)
+            returned = functional_call(call.module, state, call.inputs, call.keywords, tie_weights=False)
             leaves = tree_leaves(returned)
             outputs += [leaves[i] for i in places]
         return tuple(outputs)
@@ -105,7 +100,8 @@ class FunctionalLinearization:
         if self._calls[0].random is not None:
             self._calls[0].random.restore()
         try:
-            yield
+            with twice_differentiable():
+                yield
         finally:
             now.restore()
 
@@ -114,4 +110,31 @@ class FunctionalLinearization:
         with self._world(), warnings.catch_warnings():
             # the first forward-mode call of a process scripts some decompositions with torch.jit, which is deprecated
             warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)
+            # torch.func.linearize hands its constants to a graph module in a way that the latter warns of
+            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node", category=UserWarning)
             yield
+
+
+def _names(module: nn.Module, parameters: ParameterVector) -> dict[str, int]:
+    """Return the number of each of the parameters by its names in `module`.
+
+    A tied parameter has a name in every module that holds it. A module that stands in two places gets one name only:
+    given two, `functional_call` would swap the parameter twice, and leave a plain tensor in the module.
+    """
+    return {
+        f"{prefix}.{name}".lstrip("."): parameters.index_of(p)
+        for prefix, part in module.named_modules()
+        for name, p in part._parameters.items()
+        if p is not None and p in parameters
+    }
+
+
+def _cloned_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers: BatchNorm in train mode writes into its own, which must stay the user's."""
+    clones: dict[int, Tensor] = {}
+    return {
+        f"{prefix}.{name}".lstrip("."): clones.setdefault(id(b), b.clone())
+        for prefix, part in module.named_modules()
+        for name, b in part._buffers.items()
+        if b is not None
+    }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from hessfree.linearization.base import LinearizationError
 from hessfree.recording import Output
@@ -36,6 +37,8 @@ class GraphLinearization:
         self._edges = [o.edge for o in outputs]
         self._values = [o.value for o in outputs]
         self._parameters = parameters
+        # edges, and not tensors: what happens to the parameters later (model.double()) cannot cut them off the graph
+        self._leaves = [get_gradient_edge(p) for p in parameters.params]
         self._u: list[Tensor] = []
         self._jtu: list[tuple[int, Tensor]] = []
 
@@ -91,7 +94,7 @@ class GraphLinearization:
     def _grad(self, u: Sequence[Tensor], batched: bool = False) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(
             self._edges,
-            self._parameters.params,
+            self._leaves,
             u,
             retain_graph=True,
             allow_unused=True,
@@ -105,7 +108,5 @@ class GraphLinearization:
             for shape, dtype in zip(self.space.shapes, self.space.dtypes, strict=True)
         ]
         with torch.enable_grad():
-            found = torch.autograd.grad(
-                self._edges, self._parameters.params, self._u, create_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(self._edges, self._leaves, self._u, create_graph=True, allow_unused=True)
         self._jtu = [(i, t) for i, t in enumerate(found) if t is not None and t.requires_grad]

@@ -36,8 +36,11 @@ def layouts(space: FlatSpace) -> Iterator[Layout]:
         space: The flat space of the outputs.
 
     Yields:
-        Layouts; dimension 1 is for outputs like `[N, C, H, W]`. None where the outputs share no dimension 0.
+        Layouts; dimension 1 is for outputs like `[N, C, H, W]`. None where the outputs share no dimension 0, or
+        are empty.
     """
+    if space.size == 0:
+        return
     if len(space.shapes) == 1 and len(space.shapes[0]) >= 2:
         shape = space.shapes[0]
         for dim in dict.fromkeys((len(shape) - 1, 1)):
@@ -49,6 +52,8 @@ def layouts(space: FlatSpace) -> Iterator[Layout]:
                 functools.partial(_move_last, shape=shape, dim=dim),
                 functools.partial(_move_back, shape=moved, dim=dim),
             )
+    if len(space.shapes) == 1 and len(space.shapes[0]) == 2:
+        return  # the last dimension is the whole sample
     counts = {shape[0] if shape else 0 for shape in space.shapes}
     if len(counts) == 1 and 0 not in counts:
         (n,) = counts

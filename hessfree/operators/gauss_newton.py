@@ -136,7 +136,7 @@ class GaussNewton(LinearOperator):
             for rows in self._root_rows():
                 dense.addmm_(rows.T, rows)
             if form is None or form.negative == 0:
-                return dense
+                return 0.5 * (dense + dense.T)
             dense.zero_()  # H is indefinite, and a root cannot carry the sign
         jacobian = torch.cat(list(self._rows()))
         for i in range(0, self.size, 512):

@@ -184,6 +184,9 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
 
     Returns:
         The recorded loss at the present values of the parameters.
+
+    Raises:
+        RuntimeError: The closure raised it, and did so again when it was given a graph.
     """
     stash = [p.grad for p in parameters.params]
     # a graph that saved a buffer must stay legal, whatever the forward pass does to it

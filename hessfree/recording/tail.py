@@ -37,12 +37,12 @@ class Tail:
             params: The parameters.
         """
         self.outputs = tuple(outputs)
-        self._params = tuple(params)
+        self._leaves = [get_gradient_edge(p) for p in params]
         # what the loss reaches is read off the graph: a gradient of zeros would not tell, since autograd
         # feeds custom functions with zeros for what is undefined, and they hand zeros on
-        edges, leaves = _reached(loss, self.outputs)
-        self._used = [i for i, o in enumerate(self.outputs) if (o.edge.node, o.edge.output_nr) in edges]
-        self._direct = [i for i, p in enumerate(self._params) if id(p) in leaves]
+        reached = set(walk(get_gradient_edge(loss), _stops(self.outputs)))
+        self._used = [i for i, o in enumerate(self.outputs) if (o.edge.node, o.edge.output_nr) in reached]
+        self._direct = [i for i, leaf in enumerate(self._leaves) if (leaf.node, leaf.output_nr) in reached]
         self.gradients, self.direct = self._differentiate([loss], None, create_graph=True)
         self._coupled: bool | None = None
 
@@ -90,8 +90,8 @@ class Tail:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Return the derivatives of `sources` in the outputs and in the parameters, with all z held as variables."""
         along_z: list[Tensor | None] = [None] * len(self.outputs)
-        along_theta: list[Tensor | None] = [None] * len(self._params)
-        targets: list[Any] = [self.outputs[i].edge for i in self._used] + [self._params[i] for i in self._direct]
+        along_theta: list[Tensor | None] = [None] * len(self._leaves)
+        targets = [self.outputs[i].edge for i in self._used] + [self._leaves[i] for i in self._direct]
         if not sources or not targets:
             return along_z, along_theta
         with _stopped_at(self.outputs):
@@ -126,13 +126,6 @@ def walk(edge: GradientEdge, stops: Mapping[Node, set[int]]) -> Iterator[tuple[N
         if number not in stops.get(node, ()) and node not in entered:
             entered.add(node)
             stack.extend((n, i) for n, i in node.next_functions if n is not None)
-
-
-def _reached(loss: Tensor, outputs: Sequence[Output]) -> tuple[set[tuple[Node, int]], set[int]]:
-    """Return the edges, and the ids of the leaf tensors, that `loss` reaches without passing through an output."""
-    edges = set(walk(get_gradient_edge(loss), _stops(outputs)))
-    leaves: list[Any] = [node for node, _ in edges if node.name() == "torch::autograd::AccumulateGrad"]
-    return edges, {id(node.variable) for node in leaves}
 
 
 def _stops(outputs: Sequence[Output]) -> dict[Node, set[int]]:

@@ -1,0 +1,149 @@
+"""Record a network together with both products of its Jacobian, as one graph of aten operators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.traced.network import Network
+from hessfree.linearization.traced.nodes import mutates
+from hessfree.recording import RandomState, twice_differentiable
+from hessfree.vectors import FlatSpace, ParameterVector
+
+
+class Joint:
+    """(parameters, state, inputs, v, u) -> (z, J v, Jᵀ u) from one evaluation of a network.
+
+    Jᵀu is what autograd makes of the evaluation, and J v the derivative of u -> Jᵀu applied to v (the
+    double backward trick): whatever autograd differentiates twice is served, and every random draw is one for
+    z, J and Jᵀ alike. Written out as operators, this J v is the one of forward mode.
+    """
+
+    def __init__(self, network: Network, parameters: ParameterVector, space: FlatSpace) -> None:
+        """Take the network, its parameters and the flat space of its outputs."""
+        self._network = network
+        self._parameters = parameters
+        self._space = space
+        counts = [len(parameters.params), len(network.state), len(network.inputs)]
+        self._ends = [sum(counts[: i + 1]) for i in range(3)]
+
+    def examples(self) -> list[Tensor]:
+        """Return present values of all arguments, each a tensor object of its own."""
+        parameters, space = self._parameters, self._space
+        known = [t.detach() for t in (*parameters.params, *self._network.state, *self._network.inputs)]
+        v = torch.ones(parameters.size, dtype=parameters.dtype, device=parameters.device)
+        return [*known, v, torch.ones(space.size, dtype=space.dtype, device=space.device)]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate the function."""
+        params, state, inputs = self._split(tensors)
+        leaves = [p.detach().requires_grad_() for p in params]
+
+        def differentiate() -> tuple[Tensor, ...]:
+            z = self._network.outputs(inputs)
+            return *(t.detach() for t in z), *self._products(z, leaves, *tensors[-2:])
+
+        with torch.enable_grad():
+            return self._network.within(leaves, state, differentiate)
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        first, second, third = self._ends
+        return tensors[:first], tensors[first:second], tensors[second:third]
+
+    def _products(self, z: list[Tensor], leaves: list[Tensor], v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        cotangents = [t.detach().requires_grad_() for t in self._space.split(u)]
+        pullback = torch.autograd.grad(z, leaves, cotangents, create_graph=True, allow_unused=True)
+        reached = [
+            (t, w)
+            for t, w in zip(pullback, self._parameters.split(v), strict=True)
+            if t is not None and t.requires_grad
+        ]
+        pushforward: Sequence[Tensor | None] = [None] * len(z)
+        if reached:
+            pushforward = torch.autograd.grad(
+                [t for t, _ in reached], cotangents, [w for _, w in reached], allow_unused=True
+            )
+        return self._space.flatten(pushforward), self._parameters.flatten(pullback)
+
+
+def capture(joint: Joint) -> fx.GraphModule:
+    """Record `joint` as a functional graph, in which no operator writes into anything.
+
+    Args:
+        joint: What to record.
+
+    Returns:
+        The graph, with the arguments of `joint` as placeholders.
+
+    Raises:
+        LinearizationError: Something in the network cannot be recorded, or torch cannot.
+    """
+    try:
+        # semi-private: a torch without them, or with others, still has the autograd graph
+        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+        from torch.func import functionalize  # noqa: PLC0415
+
+        examples = joint.examples()
+        recorded = make_fx(joint)(*examples)
+        if any(mutates(node) for node in recorded.graph.nodes):
+            recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
+        return recorded
+    except LinearizationError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise LinearizationError(f"this version of torch (or the network) cannot be traced: {error}") from error
+    except Exception as error:
+        raise LinearizationError(f"the network cannot be traced: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what `error` says, short."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def plain_world(network: Network, device: torch.device) -> Iterator[None]:
+    """Evaluate as the closure did, in the parameters' own precision and by operators that can be differentiated.
+
+    Random state is put back when left.
+
+    Args:
+        network: Whose random state to begin with.
+        device: Where the parameters live.
+
+    Yields:
+        Nothing.
+    """
+    now = RandomState.capture(device)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        if network.random is not None:
+            network.random.restore()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with twice_differentiable(), without_autocast(device):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        now.restore()
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Switch autocast off where it is on.
+
+    Args:
+        device: Where the parameters live.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", device.type} - {"meta"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -1,0 +1,220 @@
+"""The Hessian of a loss in its outputs: products, the structure that is found, its root and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hessfree.losses import OutputHessian
+from hessfree.recording import Output, Tail
+from hessfree.vectors import FlatSpace
+from tests.networks import classes, error, hand_written, randn
+
+Shapes = tuple[tuple[int, ...], ...]
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shapes: Shapes
+    loss: Loss
+    words: str | None  # the form that should be found; None where there is none
+    negative: bool = False
+    blocks: tuple[int, int] | None = None  # (count, width), to compare columns block by block, if contiguous
+
+
+def one(loss: Callable[[Tensor], Tensor]) -> Loss:
+    return lambda z: loss(z[0])
+
+
+def mixed(z: Sequence[Tensor]) -> Tensor:
+    return ((z[0] - z[1]).square() * (0.3 * z[1]).exp()).mean() + z[0].pow(4).mean()
+
+
+TOKENS = classes(2, 4, high=5)
+TOKENS[0, 1] = TOKENS[1, 3] = -100
+WIDE = classes(6, high=70)
+WEIGHTS = torch.linspace(0.1, 3, 70, dtype=torch.float64)
+
+CASES: dict[str, Case] = {
+    "mse": Case(((4, 3),), one(lambda z: F.mse_loss(z, randn(4, 3, seed=9))), "scalar"),
+    "linear": Case(((4, 3),), one(lambda z: z.mean() + 0 * z.square().sum()), "scalar"),
+    "huber": Case(((4, 3),), one(lambda z: F.huber_loss(z, randn(4, 3, seed=9), delta=0.5)), "diagonal"),
+    "bce": Case(((4, 3),), one(lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid().round())), "diagonal"),
+    "wide bce": Case(
+        ((3, 80),), one(lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid().round())), "diagonal"
+    ),
+    "flat": Case(((7,),), one(lambda z: z.exp().mean()), "diagonal"),
+    "cross-entropy": Case(
+        ((5, 4),), one(lambda z: F.cross_entropy(z, classes(5, high=4))), "blocks of 4", blocks=(5, 4)
+    ),
+    "two classes, nearly certain": Case(
+        ((3, 2),), one(lambda z: F.cross_entropy(z * 8, classes(3, high=2))), "blocks of 2", blocks=(3, 2)
+    ),
+    "tokens": Case(
+        ((2, 4, 5),),
+        one(lambda z: F.cross_entropy(z.flatten(0, 1), TOKENS.flatten(), ignore_index=-100)),
+        "blocks of 5",
+        blocks=(8, 5),
+    ),
+    "pixels": Case(((2, 3, 2, 4),), one(lambda z: F.cross_entropy(z, classes(2, 2, 4, high=3))), "blocks of 3"),
+    "hand-written": Case(
+        ((5, 2),), one(lambda z: hand_written(z, randn(5, 2, seed=9))), "blocks of 2", negative=True, blocks=(5, 2)
+    ),
+    "samples of two dimensions": Case(
+        ((4, 2, 3),), one(lambda z: z.flatten(1).square().sum(1).square().mean()), "blocks of 6", blocks=(4, 6)
+    ),
+    "two outputs": Case(((4, 3), (4, 3)), mixed, "blocks of 6", negative=True),
+    "concave": Case(((4, 3),), one(lambda z: -z.square().sum()), "scalar", negative=True),
+    "wide cross-entropy": Case(((6, 70),), one(lambda z: F.cross_entropy(z, WIDE)), "softmax over 70", blocks=(6, 70)),
+    "wide, weighted, smooth": Case(
+        ((6, 70),), one(lambda z: F.cross_entropy(z, WIDE, WEIGHTS, label_smoothing=0.2)), "softmax over 70",
+        blocks=(6, 70),
+    ),
+    "wide, masked": Case(
+        ((6, 70),),
+        one(lambda z: F.cross_entropy(z, torch.where(torch.arange(6) < 2, -100, WIDE))),
+        "softmax over 70",
+        blocks=(6, 70),
+    ),
+    "wide pixels": Case(((2, 65, 3),), one(lambda z: F.cross_entropy(z, classes(2, 3, high=65))), "softmax over 65"),
+    "wide and negative": Case(
+        ((6, 70),), one(lambda z: -F.cross_entropy(z, WIDE)), "softmax over 70", negative=True, blocks=(6, 70)
+    ),
+    "coupled samples": Case(((5, 2),), one(lambda z: torch.logsumexp(z.flatten(), 0)), None),
+    "wide and not a softmax": Case(((3, 70),), one(lambda z: z.square().sum(1).square().mean()), None),
+    "outputs of different lengths": Case(((4, 2), (3, 2)), lambda z: (z[0].sum() * z[1].sum()).square(), None),
+}
+
+
+def case_of(name: str) -> tuple[OutputHessian, Tensor, Case]:
+    """Return H as an operator and as a dense matrix."""
+    case = CASES[name]
+    leaves = [randn(*shape, seed=30 + i).requires_grad_() for i, shape in enumerate(case.shapes)]
+    kept = [t * 1 for t in leaves]
+    outputs = Output.all_of(kept)
+    tail = Tail(case.loss(kept), outputs, leaves)
+    space = FlatSpace([t.shape for t in kept], [t.dtype for t in kept], torch.device("cpu"))
+
+    def flat_loss(z: Tensor) -> Tensor:
+        return case.loss([p.view(s) for p, s in zip(z.split(space.numels), case.shapes, strict=True)])
+
+    dense = torch.autograd.functional.hessian(flat_loss, space.flatten(leaves))
+    return OutputHessian(lambda w: tail.product(w)[0], space, [o.value for o in outputs]), dense, case
+
+
+def clamped(dense: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(0.5 * (dense + dense.T))
+    return vectors * values.clamp_min(0) @ vectors.T
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products(name: str) -> None:
+    hessian, dense, _ = case_of(name)
+    w = randn(len(dense), seed=40)
+    assert error(hessian.matvec(w), dense @ w) <= 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_structure_is_found(name: str) -> None:
+    hessian, dense, case = case_of(name)
+    if case.words is None:
+        assert hessian.form is None
+        return
+    assert hessian.form is not None
+    assert hessian.form.words == case.words
+    w = randn(len(dense), seed=40)
+    assert error(hessian.form.matvec(w), dense @ w) <= 1e-12
+    values = torch.linalg.eigvalsh(dense)
+    if case.negative:
+        share = float(values.clamp_max(0).abs().sum() / values.abs().sum())
+        assert abs(hessian.form.negative - share) <= 1e-10
+    else:
+        assert hessian.form.negative == 0
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.words is not None])
+def test_the_root_squares_to_the_clamped_hessian(name: str) -> None:
+    hessian, dense, _ = case_of(name)
+    assert hessian.form is not None
+    root = torch.stack([hessian.form.root(e) for e in torch.eye(len(dense), dtype=torch.float64)], 1)
+    assert float((root @ root.T - clamped(dense)).norm()) <= 1e-10 * float(dense.norm())  # hence E[u uᵀ] = H for u = B times random signs
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.words is not None])
+def test_columns_sum_to_the_blocks(name: str) -> None:
+    hessian, dense, case = case_of(name)
+    assert hessian.form is not None
+    columns = torch.stack(list(hessian.form.columns(hessian.space)), 1)
+    found, true = columns @ columns.T, clamped(dense)
+    inside = dense != 0  # what the sum holds between different blocks means nothing
+    assert float(((found - true) * inside).norm()) <= 1e-10 * float(dense.norm())
+    if case.blocks is not None:
+        assert columns.shape[1] == case.blocks[1]
+
+
+@pytest.mark.parametrize("name", ["mse", "huber", "cross-entropy", "wide cross-entropy", "pixels", "two outputs"])
+def test_samples_have_the_second_moment_of_the_hessian(name: str) -> None:
+    hessian, dense, _ = case_of(name)
+    assert hessian.form is not None
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    draws = torch.stack([hessian.form.sample(generator, hessian.space) for _ in range(count)])
+    moment, true = draws.T @ draws / count, clamped(dense)
+    # a product of two draws has a standard deviation of at most sqrt(H_ii H_jj) times sqrt(2); 6 of them, by count
+    deviation = (true.diagonal()[:, None] * true.diagonal()[None]).sqrt() * (2 / count) ** 0.5
+    assert bool(((moment - true).abs() <= 6 * deviation + 1e-15).all())
+    again = hessian.form.sample(torch.Generator().manual_seed(0), hessian.space)
+    assert torch.equal(again, draws[0])
+
+
+@pytest.mark.parametrize("name", ["mse", "cross-entropy", "wide cross-entropy", "pixels", "two outputs", "tokens"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_leading_samples(name: str, rows: int) -> None:
+    hessian, dense, case = case_of(name)
+    samples = case.shapes[0][0]
+    keep = torch.cat([torch.arange(n).view(s)[:rows].flatten() + start for n, s, start in zip(
+        hessian.space.numels, case.shapes, [0, hessian.space.numels[0]], strict=False)])
+    true = dense[keep][:, keep] * samples / rows
+    leading = hessian.leading(rows)
+    w = randn(len(true), seed=41)
+    assert error(leading.matvec(w), true @ w) <= 1e-12
+    assert leading.form is not None
+    assert error(leading.form.matvec(w), true @ w) <= 1e-12
+
+
+def test_float32_and_half_outputs_are_recognised() -> None:
+    for dtype, words in ((torch.float32, "blocks of 5"), (torch.bfloat16, "blocks of 5")):
+        z = (randn(6, 5).to(dtype).requires_grad_() * 1)
+        outputs = Output.all_of(z)
+        tail = Tail(F.cross_entropy(z.float(), classes(6, high=5)), outputs, [])
+        hessian = OutputHessian(
+            lambda w, tail=tail: tail.product(w)[0], FlatSpace([z.shape], [dtype], z.device), [outputs[0].value]
+        )
+        assert hessian.form is not None
+        assert hessian.form.words == words
+
+
+def test_a_non_finite_loss_has_no_form() -> None:
+    z = torch.tensor([[1.0, float("nan")]], requires_grad=True) * 1
+    tail = Tail(F.cross_entropy(z, torch.tensor([0])), Output.all_of(z), [])
+    hessian = OutputHessian(lambda w: tail.product(w)[0], FlatSpace([z.shape], [z.dtype], z.device), [z.detach()])
+    assert hessian.form is None
+
+
+def test_values_that_were_overwritten_cost_the_softmax_form_and_nothing_else() -> None:
+    z = randn(6, 70).requires_grad_() * 1
+    outputs = Output.all_of(z)
+    loss = F.cross_entropy(z, WIDE)
+    tail = Tail(loss, outputs, [])
+    assert outputs[0].value is not None
+    overwritten = torch.zeros_like(outputs[0].value)
+    hessian = OutputHessian(
+        lambda w: tail.product(w)[0], FlatSpace([z.shape], [z.dtype], z.device), [overwritten]
+    )
+    assert hessian.form is None
