@@ -151,7 +151,7 @@ class _Run:
         start: Tensor | None,
     ) -> None:
         self._operator, self._rhs, self._shift = operator, rhs, shift
-        self._precondition: Map = precondition if precondition is not None else torch.clone
+        self._precondition: Map = precondition if precondition is not None else lambda r: r
         self.x = torch.zeros_like(rhs) if start is None else start.clone()
         self.r = rhs.clone() if start is None else rhs - self._product(start)
         self.start = (self.x, self.r)
@@ -175,7 +175,7 @@ class _Run:
         # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
         length = torch.where(self._positive, (self._p @ self.r) / curvature, 1.0 if self._first else 0.0)
         self._first = False
-        x, r = self.x + length * self._p, self.r - length * q
+        x, r = torch.addcmul(self.x, self._p, length), torch.addcmul(self.r, q, -length)  # x + αp and r − αq
         model = -0.5 * (x @ (r + self._rhs))
         moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
         self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
@@ -184,7 +184,7 @@ class _Run:
         rz = self.r @ z
         self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
         self._alive = self._finite & self._positive & self._definite
-        self._p = torch.where(self._alive, z + (rz / self._rz) * self._p, self._p)
+        self._p = torch.where(self._alive, torch.addcmul(z, self._p, rz / self._rz), self._p)
         self._rz = rz
 
     def row(self) -> Tensor:
