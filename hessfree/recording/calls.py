@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -173,6 +174,8 @@ class CallTree:
         """Stop recording."""
         for handle in self._handles:
             handle.remove()
+            # torch forgets to drop this entry of a global hook, and the dict would grow by one a step
+            getattr(nn.modules.module, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.paused or threading.get_ident() != self._thread:
@@ -211,7 +214,20 @@ def twice_differentiable() -> Generator[None]:
     """
     with sdpa_kernel(SDPBackend.MATH):
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+            _expect_hooks_on_compiled_modules()
             with torch.compiler.set_stance("force_eager"):
                 yield
         else:
             yield
+
+
+_HOOKS_ON_COMPILED = "Using `torch.compile.module.` when there are global hooks on modules"
+
+
+def _expect_hooks_on_compiled_modules() -> None:
+    """Keep compiled modules from warning of our hooks, which a second call for the same module does not disturb.
+
+    The filter stays: to take it back after every call would make Python show every other warning again.
+    """
+    if not any(f[1] is not None and f[1].pattern == _HOOKS_ON_COMPILED for f in warnings.filters):
+        warnings.filterwarnings("ignore", message=_HOOKS_ON_COMPILED, category=UserWarning)

@@ -231,4 +231,5 @@ def _scaled(tensor: Tensor, gradient: Tensor | None) -> Tensor:
     """Return the scalar whose plain backward is `tensor.backward(gradient)`."""
     if gradient is not None:
         return (tensor * gradient.detach()).sum()
-    return tensor if tensor.ndim == 0 else tensor.reshape(())
+    # of several numbers backward itself says what is wrong
+    return tensor if tensor.ndim == 0 or tensor.numel() != 1 else tensor.reshape(())

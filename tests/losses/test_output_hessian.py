@@ -45,7 +45,9 @@ CASES: dict[str, Case] = {
     "mse": Case(((4, 3),), one(lambda z: F.mse_loss(z, randn(4, 3, seed=9))), "scalar"),
     "linear": Case(((4, 3),), one(lambda z: z.mean() + 0 * z.square().sum()), "scalar"),
     "huber": Case(((4, 3),), one(lambda z: F.huber_loss(z, randn(4, 3, seed=9), delta=0.5)), "diagonal"),
-    "bce": Case(((4, 3),), one(lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid().round())), "diagonal"),
+    "bce": Case(
+        ((4, 3),), one(lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid().round())), "diagonal"
+    ),
     "wide bce": Case(
         ((3, 80),), one(lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sigmoid().round())), "diagonal"
     ),
@@ -143,7 +145,8 @@ def test_the_root_squares_to_the_clamped_hessian(name: str) -> None:
     hessian, dense, _ = case_of(name)
     assert hessian.form is not None
     root = torch.stack([hessian.form.root(e) for e in torch.eye(len(dense), dtype=torch.float64)], 1)
-    assert float((root @ root.T - clamped(dense)).norm()) <= 1e-10 * float(dense.norm())  # hence E[u uᵀ] = H for u = B times random signs
+    # hence E[u uᵀ] = H for u = B times random signs
+    assert float((root @ root.T - clamped(dense)).norm()) <= 1e-10 * float(dense.norm())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.words is not None])
