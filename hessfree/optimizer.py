@@ -236,8 +236,9 @@ class HessianFree(Optimizer):
 
     def _prepare(self) -> None:
         """Set up what is derived from the settings and the parameters, and is in no checkpoint."""
-        if hasattr(self, "_counter"):
-            self._counter.close()
+        counter: BackwardCounter | None = getattr(self, "_counter", None)
+        if counter is not None:
+            counter.close()
         self._replaying = False
         self._warned: set[str] = set()
         self._counter = BackwardCounter()

@@ -27,6 +27,11 @@ class Form(abc.ABC):
     def negative(self) -> float:
         """Share of the absolute eigenvalues of H that are negative, and clamped in B; 0 up to rounding."""
 
+    @property
+    def constant(self) -> Tensor | None:
+        """The number c as a tensor where H = c·I; else None."""
+        return None
+
     @abc.abstractmethod
     def matvec(self, w: Tensor) -> Tensor:
         """Return H w for `w` `[Z]`."""
@@ -75,6 +80,11 @@ class DiagonalForm(Form):
     def negative(self) -> float:
         """See `Form.negative`."""
         return _negative_share(self.h, 0)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """The number c as a tensor where H = c·I; else None."""
+        return None if self.h.ndim else self.h
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return H w for `w` `[Z]`."""

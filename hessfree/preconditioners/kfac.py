@@ -1,30 +1,36 @@
-"""K-FAC: the Gauss-Newton block of a Linear layer as a Kronecker product (Martens & Grosse 2015, sec. 3)."""
+"""K-FAC: the Gauss-Newton block of a layer as a Kronecker product (Martens & Grosse 2015, sec. 3)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hessfree.preconditioners.base import Sample, State
-from hessfree.preconditioners.kronecker import KroneckerBlock, kronecker_inverse
+from hessfree.preconditioners.cotangents import cotangents
+from hessfree.preconditioners.kronecker import KroneckerBlock, Place, kronecker_inverse
+from hessfree.preconditioners.layers import LAYERS, Part, parts_of
 from hessfree.recording import Call
 from hessfree.solvers import Map
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.vectors import ParameterVector
 
 
 @dataclasses.dataclass(frozen=True)
 class KFAC:
-    """G ≈ S ⊗ A for each Linear layer, and a diagonal for every other parameter.
+    """G ≈ S ⊗ A for each layer, and a diagonal for every parameter of no layer that it knows.
 
     A is the mean of a aᵀ over the rows of the layer's input, with a one appended for the bias; S is the sum of
     s sᵀ over the rows of s = (∂z/∂output)ᵀ u, with E[u uᵀ] = H. Leading dimensions beyond the batch (tokens,
-    positions) and repeated calls count as further rows ("expand", Eschenhagen et al. 2023). Both factors are
-    kept in eigenform, in which the damping may change freely.
+    positions, pixels of a convolution) and repeated calls count as further rows ("expand", Eschenhagen et al. 2023).
+    Both factors are kept in eigenform, in which the damping may change freely. Where H = c·I, the last layer's S is
+    exactly c times the number of rows, and nothing is sampled or decomposed for it.
+
+    The layers are Linear, Conv1d to Conv3d with groups, Embedding, and scale and shift of LayerNorm, GroupNorm and
+    BatchNorm.
 
     Attributes:
         factors: "sampled": one u of random signs an update. "exact": one u a column of H's root, as many
@@ -32,12 +38,19 @@ class KFAC:
         update_every: Update the factors every so many steps (and at each of the first three).
         decay: Of the exponential moving average of the factors; a plain mean at first.
         damping_scale: M = G + `damping_scale`·λI: the preconditioner wants less damping than the system.
+        power: Multiply by M to the power −`power`: 1 is K-FAC's inverse, ½ its square root.
+        wide: An input factor wider than this keeps `rank` eigenvectors and one value for the rest. It is then a
+            plain mean over the updates, taken only at updates 1, 2, 4, ..., 64: its eigenform is the dear part.
+        rank: Eigenvectors of a wide input factor.
     """
 
     factors: Literal["sampled", "exact"] = "sampled"
     update_every: int = 5
     decay: float = 0.95
     damping_scale: float = 0.1
+    power: float = 1.0
+    wide: int = 512
+    rank: int = 64
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -53,11 +66,15 @@ class KFAC:
             raise ValueError(f"decay={self.decay!r} must satisfy 0 <= decay < 1")
         if not 0 < self.damping_scale < math.inf:
             raise ValueError(f"damping_scale={self.damping_scale!r} must be positive and finite")
+        if not 0 < self.power <= 1:
+            raise ValueError(f"power={self.power!r} must satisfy 0 < power <= 1")
+        if not (isinstance(self.wide, int) and isinstance(self.rank, int) and 1 <= self.rank <= self.wide):
+            raise ValueError(f"wide={self.wide!r} and rank={self.rank!r} must be integers with 1 <= rank <= wide")
 
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs."""
-        return (nn.Linear,)
+        return LAYERS
 
     def due(self, state: State, step: int) -> bool:
         """Tell whether the factors are to be updated at step number `step`."""
@@ -74,32 +91,48 @@ class KFAC:
         Returns:
             The new state, and a warning where H has no root to sample from.
         """
-        known = list(state.get("blocks", ()))
+        known = {_place(b): b for b in state.get("blocks", ())}
+        updates = state.get("updates", 0) + 1
         layers = _group(sample)
-        covered = {i for layer in layers for i in (layer.weight, layer.bias)}
+        covered = {i for layer in layers for i in (layer.place.weight, layer.place.bias)}
         # a layer that this batch did not call (stochastic depth) keeps what is known of it
-        resting = [b for b in known if not covered & ({b["weight"], b["bias"]} - {None})]
+        resting = [b for place, b in known.items() if not covered & ({place.weight, place.bias} - {None})]
         covered.update(i for b in resting for i in (b["weight"], b["bias"]))
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
-        inner = [layer.inner(sample.parameters.dtype) for layer in layers]
+        dtype = sample.parameters.dtype
+        inner = [None if self._keeps(layer, known, updates) else layer.inner(dtype) for layer in layers]
         outer, squares, warning = _measure(sample, self.factors, layers, others)
-        if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares)):
+        if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares) if t is not None):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
-        updates = state.get("updates", 0) + 1
         keep = min(1 - 1 / updates, self.decay)
-        old = {(b["weight"], b["bias"]): (b["inner"], b["outer"]) for b in known}
         blocks = list(resting)
         for layer, a, s in zip(layers, inner, outer, strict=True):
-            before = old.get((layer.weight, layer.bias), (a, s))
-            means = (torch.lerp(new, was, keep) for new, was in zip((a, s), before, strict=True))
-            blocks.append(KroneckerBlock.of(layer.weight, layer.bias, *means).state())
+            blocks.append(self._block(layer, a, s, known.get(layer.place), keep, updates).state())
         diagonal = dict(zip(others, squares, strict=True))
         for i in diagonal.keys() & state.get("diagonal", {}).keys():
             diagonal[i] = torch.lerp(diagonal[i], state["diagonal"][i], keep)
         return {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal}, warning
 
+    def _keeps(self, layer: _Layer, known: Mapping[Place, Mapping[str, Any]], updates: int) -> bool:
+        """Tell whether a wide input factor is left as it is at this update."""
+        old = known.get(layer.place)
+        return old is not None and old["tail"] is not None and (updates > 64 or updates & (updates - 1) != 0)
+
+    def _block(
+        self, layer: _Layer, a: Tensor | None, s: Tensor, old: Mapping[str, Any] | None, keep: float, updates: int
+    ) -> KroneckerBlock:
+        if old is not None and old["outer"].shape == s.shape:
+            s = torch.lerp(s, old["outer"], keep)
+        if a is None:
+            assert old is not None
+            return KroneckerBlock.of(layer.place, old["inner"], s, self.rank, known=old)
+        wide = a.ndim == 2 and a.shape[-1] > self.wide
+        if old is not None:  # a wide factor was last taken at half as many updates, so both halves weigh the same
+            a = torch.lerp(a, old["inner"], (updates.bit_length() - 1) / updates.bit_length() if wide else keep)
+        return KroneckerBlock.of(layer.place, a, s, self.rank if wide else None)
+
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
-        """Return r ↦ (k S ⊗ A + damping_scale·D)⁻¹ r, layer by layer.
+        """Return r ↦ (k S ⊗ A + damping_scale·D)^(−power) r, layer by layer.
 
         Args:
             state: What was learned.
@@ -113,61 +146,92 @@ class KFAC:
         if not state:
             return None
         shifts = [self.damping_scale * s for s in shifts]
-        return kronecker_inverse(state["blocks"], state["diagonal"], parameters, scale, shifts)
+        return kronecker_inverse(state["blocks"], state["diagonal"], parameters, scale, shifts, self.power)
 
     def describe(self, state: State) -> str:
         """Return what a report says of it."""
         if not state:
             return "none yet"
         layers, others = len(state["blocks"]), len(state["diagonal"])
-        words = f"K-FAC of {layers} Linear layer{'' if layers == 1 else 's'} ({self.factors} factors)"
+        power = "" if self.power == 1 else f" to the power {self.power:g}"
+        words = f"K-FAC{power} of {layers} layer{'' if layers == 1 else 's'} ({self.factors} factors)"
         return words if not others else f"{words}, diagonal of {others} other parameter{'' if others == 1 else 's'}"
 
 
 @dataclasses.dataclass(eq=False)
 class _Layer:
-    """All calls of the Linear layers that share one weight."""
+    """All calls of the layers that share one weight."""
 
-    weight: int
-    bias: int | None
+    place: Place
+    width: int  # rows of the weight, seen as a matrix
     calls: list[Call]
+    parts: list[Part]  # one a call
     owns_bias: list[bool]  # one a call: two layers may share the weight and not the bias
+    is_output: bool = False  # what the layer returns is z itself
 
     def inner(self, dtype: torch.dtype) -> Tensor:
-        """Return A, the mean of a aᵀ over the rows of all calls."""
-        parts = []
-        for call, owns in zip(self.calls, self.owns_bias, strict=True):
-            inputs = _input_of(call)
-            part = inputs.detach().reshape(-1, inputs.shape[-1]).to(dtype)
-            if self.bias is not None:
-                part = torch.cat([part, part.new_full((part.shape[0], 1), float(owns))], 1)
-            parts.append(part)
-        rows = torch.cat(parts)
-        return rows.T @ rows / rows.shape[0]
+        """Return A, the mean of a aᵀ over the rows of all calls (or its diagonal, of one-hot rows)."""
+        found, one_hot = [], False
+        for call, part, owns in zip(self.calls, self.parts, self.owns_bias, strict=True):
+            rows = part.rows(_input_of(call).detach())
+            one_hot, a = rows.one_hot, rows.inner.to(dtype)
+            if self.place.bias is not None:
+                a = torch.cat([a, a.new_full((*a.shape[:-1], 1), float(owns))], -1)
+            found.append(a)
+        if one_hot:
+            return torch.cat(found).mean(0)
+        a = torch.cat(found, 1)
+        a = a.mT @ a / a.shape[1]
+        return a if self.place.groups > 1 else a[0]
+
+    def outer(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Return S, the sum of s sᵀ over the rows of all calls."""
+        rows = []
+        for call, part, g in zip(self.calls, self.parts, gradients, strict=True):
+            out = call.outputs[0]
+            g = torch.zeros(out.shape, dtype=out.dtype, device=out.device) if g is None else g
+            rows.append(part.rows(_input_of(call).detach()).outer(g).to(dtype))
+        s = torch.cat(rows, 1)
+        s = s.mT @ s
+        return s if self.place.groups > 1 else s[0]
 
 
 def _input_of(call: Call) -> Tensor:
     return call.inputs[0] if call.inputs else call.keywords["input"]
 
 
+def _place(block: Mapping[str, Any]) -> Place:
+    return Place(block["weight"], block["bias"], block["groups"], block["transposed"])
+
+
 def _group(sample: Sample) -> list[_Layer]:
-    """Collect the Linear layers by weight, in the order of their first call."""
+    """Collect the layers by weight, in the order of their first call."""
     parameters = sample.parameters
+    edges = {(o.edge.node, o.edge.output_nr) for o in sample.outputs}
     layers: dict[int, _Layer] = {}
     taken: set[int] = set()
     for call in (call for root in sample.calls for call in root.walk()):
-        module = call.module
-        if not isinstance(module, nn.Linear) or not call.outputs or module.weight not in parameters:
-            continue
-        if not call.inputs and "input" not in call.keywords:
-            continue  # the input was not kept: the diagonal has to do
-        weight = parameters.index_of(module.weight)
-        bias = parameters.index_of(module.bias) if module.bias is not None and module.bias in parameters else None
-        if weight not in layers:  # two weights may share one bias, which then belongs to the first
-            layers[weight] = _Layer(weight, None if bias in taken else bias, [], [])
-            taken.update(() if bias is None else (bias,))
-        layers[weight].calls.append(call)
-        layers[weight].owns_bias.append(bias is not None and layers[weight].bias == bias)
+        if not call.outputs or not (call.inputs or "input" in call.keywords):
+            continue  # what was not kept, a diagonal has to do for
+        for part in parts_of(call.module):
+            if part.weight not in parameters:
+                continue
+            weight = parameters.index_of(part.weight)
+            bias = parameters.index_of(part.bias) if part.bias is not None and part.bias in parameters else None
+            if weight not in layers:  # two weights may share one bias, which then belongs to the first
+                place = Place(weight, None if bias in taken else bias, part.groups, part.transposed)
+                shape = part.weight.shape
+                width = shape[1] if part.transposed else shape[0] // part.groups
+                layers[weight] = _Layer(place, width, [], [], [])
+                taken.update(() if bias is None else (bias,))
+            layer = layers[weight]
+            if (layer.place.groups, layer.place.transposed) != (part.groups, part.transposed):
+                continue  # an embedding that is also the last layer's weight: the first use decides
+            layer.calls.append(call)
+            layer.parts.append(part)
+            layer.owns_bias.append(bias is not None and layer.place.bias == bias)
+            out = call.outputs[0].edge
+            layer.is_output = len(layer.calls) == 1 and (out.node, out.output_nr) in edges
     return list(layers.values())
 
 
@@ -175,52 +239,37 @@ def _measure(
     sample: Sample, factors: str, layers: Sequence[_Layer], others: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], str | None]:
     """Return S of each layer, an estimate of G's diagonal at each other parameter, and a warning."""
-    parameters = sample.parameters
-    sizes = [parameters.shapes[layer.weight][0] for layer in layers]
-    outer = [torch.zeros(n, n, dtype=parameters.dtype, device=parameters.device) for n in sizes]
+    parameters, form = sample.parameters, sample.hessian.form
+    constant = form.constant if form is not None else None
+    outer: list[Tensor | None] = [None] * len(layers)
+    for i, layer in enumerate(layers):
+        if layer.is_output and constant is not None and layer.place == Place(layer.place.weight, layer.place.bias):
+            if isinstance(layer.calls[0].module, nn.Linear):
+                rows = layer.calls[0].outputs[0].shape.numel() // layer.width
+                outer[i] = (constant * rows).to(parameters.dtype).expand(layer.width)
     squares = [torch.zeros(parameters.shapes[i], dtype=parameters.dtype, device=parameters.device) for i in others]
-    cotangents, warning = _cotangents(sample, factors)
-    for u in cotangents:
-        rows, gradients = _pull_back(sample, u, layers, others)
-        for s, r in zip(outer, rows, strict=True):
-            s.addmm_(r.T, r)
+    sampled = [layer for layer, known in zip(layers, outer, strict=True) if known is None]
+    sums: list[Tensor] = []
+    drawn, warning = cotangents(sample, factors)
+    for u in drawn:
+        pulled, gradients = _pull_back(sample, u, sampled, others)
+        new = [layer.outer(g, parameters.dtype) for layer, g in zip(sampled, pulled, strict=True)]
+        sums = new if not sums else [old.add_(s) for old, s in zip(sums, new, strict=True)]
         for d, g in zip(squares, gradients, strict=True):
             if g is not None:
                 d.addcmul_(g.to(d.dtype), g.to(d.dtype))
-    return outer, squares, warning
-
-
-def _cotangents(sample: Sample, factors: str) -> tuple[Iterator[Tensor], str | None]:
-    """Return vectors u `[Z]` whose u uᵀ sum to H (on average, and within a sample), and a warning if not."""
-    form, space = sample.hessian.form, sample.hessian.space
-    generator = sample.generator()
-    if form is None:
-        # sqrt(N) times the mean loss's own gradients: u uᵀ has the empirical Fisher matrix as its mean
-        own = space.flatten(sample.gradients) * math.sqrt(sample.samples)
-        return iter([own * _signs(space, generator)]), (
-            "the Hessian of the loss in the outputs has no structure that can be sampled; K-FAC uses the loss's own "
-            "output gradients instead (the empirical Fisher)"
-        )
-    if factors == "exact":
-        return (u * _signs(space, generator) for u in form.columns(space)), None
-    return iter([form.sample(generator, space)]), None
-
-
-def _signs(space: FlatSpace, generator: torch.Generator) -> Tensor:
-    """Return a random sign for each sample, `[Z]`: samples summed in one backward pass must not correlate."""
-    longest = max((shape[0] for shape in space.shapes if shape), default=1)
-    signs = torch.randint(0, 2, (longest,), generator=generator, device=space.device).to(space.dtype) * 2 - 1
-    rows = [shape[0] if shape else 1 for shape in space.shapes]
-    pieces = zip(rows, space.numels, strict=True)
-    return torch.cat([signs[:n].repeat_interleave(numel // max(n, 1)) for n, numel in pieces])
+    found = iter(sums)
+    return [next(found) if s is None else s for s in outer], squares, warning
 
 
 def _pull_back(
     sample: Sample, u: Tensor, layers: Sequence[_Layer], others: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return (∂z/∂output)ᵀu at each layer as rows `[R, out]`, and Jᵀu at each other parameter."""
+) -> tuple[list[list[Tensor | None]], list[Tensor | None]]:
+    """Return (∂z/∂output)ᵀu at each call of each layer, and Jᵀu at each other parameter."""
     targets: list[Any] = [call.outputs[0].edge for layer in layers for call in layer.calls]
     targets += [sample.parameters.params[i] for i in others]
+    if not targets:
+        return [], []
     found = torch.autograd.grad(
         [o.edge for o in sample.outputs],
         targets,
@@ -229,12 +278,4 @@ def _pull_back(
         allow_unused=True,
     )
     pulled = iter(found)
-    rows = []
-    for layer in layers:
-        parts = []
-        for call in layer.calls:
-            g, out = next(pulled), call.outputs[0]
-            g = torch.zeros(out.shape, dtype=out.dtype, device=out.device) if g is None else g
-            parts.append(g.reshape(-1, out.shape[-1]))
-        rows.append(torch.cat(parts).to(sample.parameters.dtype))
-    return rows, list(pulled)
+    return [[next(pulled) for _ in layer.calls] for layer in layers], list(pulled)

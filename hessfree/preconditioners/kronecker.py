@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +15,93 @@ from hessfree.vectors import ParameterVector
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KroneckerBlock:
-    """The block of one layer's weight `[out, in]`, with its bias as a further column: G ≈ S ⊗ A.
+    """The block of one weight, seen as `[out, in]` (or G such matrices), with its bias as a further column: G ≈ S ⊗ A.
+
+    A factor that is diagonal is held as its diagonal and has no basis. A wide A may be held by its r largest
+    eigenvalues and one value, the mean of the others, for all that is orthogonal to their eigenvectors.
 
     Attributes:
         weight: Number of the weight among the parameters.
         bias: Number of the bias; None without one.
-        inner: A, `[in (+1), in (+1)]`.
-        outer: S, `[out, out]`.
-        inner_basis: Eigenvectors of A, as columns.
-        outer_basis: Eigenvectors of S, as columns.
-        spectrum: Eigenvalues of S ⊗ A, `[out, in (+1)]`, negative ones (rounding) as zero.
+        groups: G, the number of matrices that the weight is made of.
+        transposed: Whether the weight is stored as `[in, out]`.
+        inner: A, `[in (+1), in (+1)]`, with a leading G where G > 1; or its diagonal.
+        outer: S, `[out, out]`, likewise.
+        inner_basis: Eigenvectors of A, as columns; None for the coordinate axes.
+        outer_basis: Eigenvectors of S, as columns; None for the coordinate axes.
+        spectrum: Eigenvalues of S ⊗ A, `[out, in (+1)]`, negative ones (rounding) as zero; `[out, r]` with a tail.
+        tail: Eigenvalues of S times the flat value of A, `[out]`; None where A's basis is complete.
     """
 
     weight: int
     bias: int | None
+    groups: int
+    transposed: bool
     inner: Tensor
     outer: Tensor
-    inner_basis: Tensor
-    outer_basis: Tensor
+    inner_basis: Tensor | None
+    outer_basis: Tensor | None
     spectrum: Tensor
+    tail: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: int, bias: int | None, inner: Tensor, outer: Tensor) -> KroneckerBlock:
-        """Take the eigenform of both factors."""
-        a, inner_basis = _eigh(inner)
-        s, outer_basis = _eigh(outer)
-        return cls(weight, bias, inner, outer, inner_basis, outer_basis, torch.outer(s, a))
+    def of(
+        cls,
+        place: Place,
+        inner: Tensor,
+        outer: Tensor,
+        rank: int | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> KroneckerBlock:
+        """Take the eigenform of both factors.
+
+        Args:
+            place: Which parameters it stands for.
+            inner: A, or its diagonal.
+            outer: S, or its diagonal.
+            rank: Keep only so many eigenvectors of A; None for all.
+            known: A block whose inner basis to take over, with new eigenvalues along it; None to decompose.
+
+        Returns:
+            The block.
+        """
+        flat = None
+        if known is not None:
+            basis = known["inner_basis"]
+            a = ((inner @ basis) * basis).sum(-2).clamp_min(0)
+        else:
+            a, basis = _eigenform(inner, place.groups)
+            if rank is not None and basis is not None:  # eigenvalues ascend
+                a, basis = a[..., -rank:], basis[..., -rank:]
+        if rank is not None and basis is not None:
+            trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+            flat = ((trace - a.sum(-1)) / max(inner.shape[-1] - rank, 1)).clamp_min(0)
+        s, outer_basis = _eigenform(outer, place.groups)
+        return cls(
+            place.weight,
+            place.bias,
+            place.groups,
+            place.transposed,
+            inner,
+            outer,
+            basis,
+            outer_basis,
+            s.unsqueeze(-1) * a.unsqueeze(-2),
+            None if flat is None else s * flat.unsqueeze(-1),
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the block as a plain dict, for a checkpoint."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class Place(NamedTuple):
+    """Which parameters a block stands for, and how the weight is made of matrices (see `KroneckerBlock`)."""
+
+    weight: int
+    bias: int | None
+    groups: int = 1
+    transposed: bool = False
 
 
 def kronecker_inverse(
@@ -53,8 +110,9 @@ def kronecker_inverse(
     parameters: ParameterVector,
     scale: float,
     shifts: Sequence[float],
+    power: float = 1.0,
 ) -> Map:
-    """Return r ↦ (scale · blockdiag(S ⊗ A, ..., diagonal) + diag(shifts))⁻¹ r.
+    """Return r ↦ (scale · blockdiag(S ⊗ A, ..., diagonal) + diag(shifts))^(−power) r.
 
     Args:
         blocks: States of `KroneckerBlock`.
@@ -62,28 +120,28 @@ def kronecker_inverse(
         parameters: The parameters.
         scale: Factor on the matrix.
         shifts: One number a parameter; a block takes its weight's.
+        power: Of the inverse.
 
     Returns:
         The map on `[P]` vectors.
     """
     prepared = []
     for block in blocks:
-        inverse = _reciprocal(scale * block["spectrum"] + shifts[block["weight"]])
-        prepared.append((block["weight"], block["bias"], block["inner_basis"], block["outer_basis"], inverse))
-    scales = {i: _reciprocal(scale * d + shifts[i]) for i, d in diagonal.items()}
+        shift = shifts[block["weight"]]
+        inverse = _reciprocal(scale * block["spectrum"] + shift, power)
+        tail = None
+        if block["tail"] is not None:
+            tail = _reciprocal(scale * block["tail"] + shift, power).unsqueeze(-1)
+            inverse = inverse - tail
+        prepared.append((block, inverse, tail))
+    scales = {i: _reciprocal(scale * d + shifts[i], power) for i, d in diagonal.items()}
 
     def apply(r: Tensor) -> Tensor:
         pieces = parameters.views(r)
         out: list[Tensor | None] = list(pieces)
-        for weight, bias, inner_basis, outer_basis, inverse in prepared:
-            matrix = pieces[weight]
-            if bias is not None:
-                matrix = torch.cat([matrix, pieces[bias][:, None]], 1)
-            matrix = outer_basis @ ((outer_basis.T @ matrix @ inner_basis) * inverse) @ inner_basis.T
-            if bias is not None:
-                out[bias] = matrix[:, -1]
-                matrix = matrix[:, :-1]
-            out[weight] = matrix
+        for block, inverse, tail in prepared:
+            matrix = _turn(_matrix(block, pieces), block, inverse, tail)
+            _write(block, matrix, out, pieces)
         for i, s in scales.items():
             out[i] = pieces[i] * s
         return parameters.flatten(out)
@@ -91,14 +149,64 @@ def kronecker_inverse(
     return apply
 
 
-def _reciprocal(spectrum: Tensor) -> Tensor:
-    """Return 1 / `spectrum`, finite in spite of zeros: without damping they are as good as the largest's rounding."""
+def _turn(matrix: Tensor, block: Mapping[str, Any], inverse: Tensor, tail: Tensor | None) -> Tensor:
+    """Go to the eigenbasis, multiply, and come back."""
+    inner, outer = block["inner_basis"], block["outer_basis"]
+    if outer is not None:
+        matrix = outer.mT @ matrix
+    turned = (matrix if inner is None else matrix @ inner) * inverse
+    turned = turned if inner is None else turned @ inner.mT
+    if tail is not None:
+        turned = turned.addcmul_(matrix, tail.expand_as(matrix))
+    return turned if outer is None else outer @ turned
+
+
+def _matrix(block: Mapping[str, Any], pieces: Sequence[Tensor]) -> Tensor:
+    weight, groups = pieces[block["weight"]], block["groups"]
+    if block["transposed"]:
+        weight = weight.T
+    elif groups > 1:
+        weight = weight.reshape(groups, weight.shape[0] // groups, -1)
+    else:
+        weight = weight.reshape(weight.shape[0], -1)
+    if block["bias"] is None:
+        return weight
+    return torch.cat([weight, pieces[block["bias"]].reshape(*weight.shape[:-1], 1)], -1)
+
+
+def _write(block: Mapping[str, Any], matrix: Tensor, out: list[Tensor | None], pieces: Sequence[Tensor]) -> None:
+    if block["bias"] is not None:
+        out[block["bias"]] = matrix[..., -1]
+        matrix = matrix[..., :-1]
+    out[block["weight"]] = matrix.T if block["transposed"] else matrix
+
+
+def _reciprocal(spectrum: Tensor, power: float) -> Tensor:
+    """Return `spectrum` to the power −`power`, finite in spite of zeros.
+
+    Without damping a zero is as good as the rounding of the largest.
+
+    Args:
+        spectrum: Not negative.
+        power: Positive.
+
+    Returns:
+        The powers.
+    """
     if not spectrum.numel():
         return spectrum
     precision, largest = torch.finfo(spectrum.dtype), spectrum.max()
     floor = (precision.eps * largest).clamp_min(precision.tiny)
     # no curvature and no damping at all: leave the gradient as it is
-    return torch.where(largest > 0, 1 / torch.maximum(spectrum, floor), 1)
+    inverse = 1 / torch.maximum(spectrum, floor)
+    return torch.where(largest > 0, inverse if power == 1 else inverse**power, 1)
+
+
+def _eigenform(factor: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Return eigenvalues and eigenvectors of a factor; of a diagonal one, itself and None."""
+    if factor.ndim == (1 if groups == 1 else 2):
+        return factor.clamp_min(0), None
+    return _eigh(factor)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,11 @@ def exact_factors(model: nn.Module, inputs: Any, loss_fn: Loss) -> dict[int, Fac
     return found
 
 
+def full(factor: Tensor) -> Tensor:
+    """Return a factor as a matrix: a diagonal one is held as its diagonal."""
+    return torch.diag(factor) if factor.ndim == 1 else factor
+
+
 def block_places(block: dict[str, Any], parameters: ParameterVector) -> Tensor:
     """Return where the entries of the block S ⊗ A stand in the flat vector."""
     weight = parameters.params[block["weight"]]
@@ -101,7 +106,7 @@ def dense(state: dict[str, Any], parameters: ParameterVector) -> Tensor:
     matrix = torch.zeros(parameters.size, parameters.size, dtype=parameters.dtype)
     for block in state["blocks"]:
         places = block_places(block, parameters)
-        matrix[places[:, None], places] = torch.kron(block["outer"], block["inner"])
+        matrix[places[:, None], places] = torch.kron(full(block["outer"]), full(block["inner"]))
     for i, d in state["diagonal"].items():
         place = parameters.slice_of(parameters.params[i])
         matrix[place, place] = torch.diag(d.reshape(-1))
