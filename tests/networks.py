@@ -556,6 +556,22 @@ def checkpointed() -> Problem:
     return simple(Checkpointed(), randn(5, 3), F.mse_loss, randn(5, 2, seed=3), functional=False)
 
 
+class CheckpointedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm, self.head = FusedAttention(), nn.BatchNorm1d(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(lambda t: self.norm(self.attention(t).flatten(0, 1)), x, use_reentrant=False)
+        return self.head(h)
+
+
+def checkpointed_attention() -> Problem:
+    return simple(
+        CheckpointedAttention(), randn(2, 3, 4), F.mse_loss, randn(6, 2, seed=3), functional=False
+    )
+
+
 def in_place() -> Problem:
     return simple(InPlace(), randn(5, 3), F.mse_loss, randn(5, 2, seed=3), functional=False)
 
@@ -617,6 +633,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         weight_norm,
         custom_function,
         checkpointed,
+        checkpointed_attention,
         in_place,
         shared_module,
         in_place_after,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.recording import Output
+from hessfree.recording import Output, twice_differentiable
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
@@ -56,13 +56,14 @@ class GraphLinearization:
         if not self._jtu:
             return self.space.zeros()
         pieces = self._parameters.split(v)
-        found = torch.autograd.grad(
-            [t for _, t in self._jtu],
-            self._u,
-            [pieces[i] for i, _ in self._jtu],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with twice_differentiable():
+            found = torch.autograd.grad(
+                [t for _, t in self._jtu],
+                self._u,
+                [pieces[i] for i, _ in self._jtu],
+                retain_graph=True,
+                allow_unused=True,
+            )
         return self.space.flatten(found)
 
     def vjp(self, u: Tensor) -> Tensor:
@@ -92,14 +93,10 @@ class GraphLinearization:
         return out
 
     def _grad(self, u: Sequence[Tensor], batched: bool = False) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            self._edges,
-            self._leaves,
-            u,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        with twice_differentiable():  # a checkpoint recomputes its part of the network here
+            return torch.autograd.grad(
+                self._edges, self._leaves, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
 
     def _build(self) -> None:
         device = self.space.device
@@ -107,6 +104,6 @@ class GraphLinearization:
             torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
             for shape, dtype in zip(self.space.shapes, self.space.dtypes, strict=True)
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             found = torch.autograd.grad(self._edges, self._leaves, self._u, create_graph=True, allow_unused=True)
         self._jtu = [(i, t) for i, t in enumerate(found) if t is not None and t.requires_grad]

@@ -129,7 +129,7 @@ class _Gradients:
                 )
 
 
-def record(closure: Closure, parameters: ParameterVector, tree: CallTree) -> Recording:
+def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale: bool = False) -> Recording:
     """Run `closure` once and keep its loss with its graph.
 
     Args:
@@ -137,6 +137,8 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree) -> Rec
             backward is then done for it.
         parameters: The parameters to differentiate with respect to.
         tree: Records the module calls; entered here.
+        stale: Whether `p.grad` is left from an earlier step. A closure that only returns a loss does not clear
+            it, and it is cleared for it.
 
     Returns:
         The recording. `p.grad` is as the closure left it. Where the closure raises, random generators and
@@ -151,6 +153,9 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree) -> Rec
                 returned = closure()
             check_returned(returned, bool(gradients.losses), mode.differentiated)
             if not gradients.losses:
+                if stale:
+                    for p in parameters.params:
+                        p.grad = None
                 gradients.on_backward(returned, torch.Tensor.backward, {})
             elif len(gradients.losses) == 1:
                 check_unscaled(gradients.losses[0], returned)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hessfree.recording.calls import Call, Output
+from hessfree.recording.calls import Call, Output, twice_differentiable
 from hessfree.recording.checks import check_differentiable_again
 from hessfree.recording.tail import Tail
 from hessfree.recording.trace import Trace
@@ -142,7 +142,8 @@ def explains_gradient(cut: Cut, recording: Trace, parameters: ParameterVector) -
 
 
 def _flat_grad(parameters: ParameterVector, outputs: Sequence[Any], weights: Sequence[Tensor] | None) -> Tensor:
-    found = torch.autograd.grad(outputs, parameters.params, weights, retain_graph=True, allow_unused=True)
+    with twice_differentiable():
+        found = torch.autograd.grad(outputs, parameters.params, weights, retain_graph=True, allow_unused=True)
     return parameters.flatten(found)
 
 

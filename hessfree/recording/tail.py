@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from hessfree.recording.calls import Output
+from hessfree.recording.calls import Output, twice_differentiable
 
 
 class Tail:
@@ -94,7 +94,7 @@ class Tail:
         targets = [self.outputs[i].edge for i in self._used] + [self._leaves[i] for i in self._direct]
         if not sources or not targets:
             return along_z, along_theta
-        with _stopped_at(self.outputs):
+        with _stopped_at(self.outputs), twice_differentiable():
             found = torch.autograd.grad(
                 sources, targets, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
             )

@@ -131,6 +131,16 @@ def test_backward_is_done_where_only_a_loss_is_returned(setting: Setting) -> Non
     assert recording.backwards == 1
 
 
+def test_gradients_of_an_earlier_step_do_not_add_up_where_only_a_loss_is_returned(setting: Setting) -> None:
+    setting.model.eval()
+    first = setting.run(setting.loss)
+    again = record(setting.loss, setting.parameters, Setting().tree, stale=True)
+    assert torch.equal(setting.parameters.gradients(), first.gradient)
+    assert not again.accumulated
+    assert record(setting.loss, setting.parameters, Setting().tree).accumulated
+    assert error(setting.parameters.gradients(), 2 * first.gradient) <= 1e-14
+
+
 def test_accumulated_gradients_are_told_from_the_recorded_one(setting: Setting) -> None:
     setting.model.eval()
     setting.loss().backward()
