@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from hessfree.linearization import FunctionalLinearization, GraphLinearization, LinearizationError, build, linearize
 from hessfree.recording import find_cut, make_cut
-from tests.networks import PROBLEMS, Problem, error, make, randn, recorded, truth
+from tests.architectures import randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import error, recorded, truth
+from tests.problem import Problem
 
 
 def asked_for_functional(problem: Problem) -> tuple[GraphLinearization | FunctionalLinearization, list[str]]:

@@ -7,7 +7,10 @@ import torch
 
 from hessfree.linearization import GraphLinearization, LinearizationError
 from hessfree.recording import Output, find_cut, make_cut
-from tests.networks import PROBLEMS, Problem, error, make, randn, recorded, truth
+from tests.architectures import randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import error, recorded, truth
+from tests.problem import Problem
 
 
 def linearized(problem: Problem) -> GraphLinearization:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import hessfree
 from hessfree.linearization import LinearizationError
-from tests.networks import PROBLEMS, error, make, mlp, randn, truth
+from tests.architectures import mlp, randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import error, truth
 
 WITH_INPUTS = [name for name in PROBLEMS if make(name).inputs is not None]
 

@@ -80,7 +80,7 @@ def test_other_shapes_are_found() -> None:
 def test_a_back_end_that_fails_is_replaced_with_one_warning(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hessfree.linearization import FunctionalLinearization
     from hessfree.recording import find_cut, make_cut
-    from tests.networks import recorded
+    from tests.oracle import recorded
 
     def fail(*_: object) -> None:
         raise TypeError("no such thing")

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from hessfree.losses import OutputHessian
 from hessfree.recording import Output, Tail
 from hessfree.vectors import FlatSpace
-from tests.networks import classes, error, hand_written, randn
+from tests.architectures import classes, randn
+from tests.oracle import error
+from tests.problem import hand_written
 
 Shapes = tuple[tuple[int, ...], ...]
 Loss = Callable[[Sequence[Tensor]], Tensor]

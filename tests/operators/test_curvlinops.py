@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hessfree import GaussNewton, Hessian
-from tests.networks import ConvNet, classes, error, mlp, randn
+from tests.architectures import ConvNet, classes, mlp, randn
+from tests.oracle import error
 
 curvlinops = pytest.importorskip("curvlinops")
 

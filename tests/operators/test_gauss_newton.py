@@ -11,7 +11,10 @@ from hessfree import GaussNewton
 from hessfree.curvature import CurvatureBuilder
 from hessfree.operators import LinearOperator
 from hessfree.recording import Owners
-from tests.networks import PROBLEMS, Problem, Variational, error, make, mlp, randn, recorded, truth
+from tests.architectures import Variational, mlp, randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import error, recorded, truth
+from tests.problem import Problem
 
 FROM_LOSS = [name for name in PROBLEMS if make(name).loss_fn is not None]
 INDEFINITE = {"indefinite", "bare_parameter", "named_outputs"}  # losses that are not convex in what they use

@@ -8,7 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessfree import GaussNewton, Hessian
-from tests.networks import Problem, at, error, flat, make, mlp, randn
+from tests.architectures import mlp, randn
+from tests.networks import make
+from tests.oracle import at, error, flat
+from tests.problem import Problem
 
 
 def dense_hessian(problem: Problem) -> torch.Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hessfree.recording import BufferStates, CallTree, Output, Owners, call_at
 from hessfree.vectors import ParameterVector
-from tests.networks import Variational, make, mlp, randn
+from tests.architectures import Variational, mlp, randn
+from tests.networks import make
 
 
 def tree_for(model: nn.Module, keep: bool = True) -> CallTree:

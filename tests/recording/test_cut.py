@@ -27,20 +27,10 @@ from hessfree.recording import (
     record,
 )
 from hessfree.vectors import ParameterVector
-from tests.networks import (
-    PROBLEMS,
-    Checkpointed,
-    ConvNet,
-    Wrapper,
-    at,
-    classes,
-    error,
-    make,
-    mlp,
-    randn,
-    recorded,
-)
+from tests.architectures import Checkpointed, ConvNet, Wrapper, classes, mlp, randn
+from tests.networks import PROBLEMS, make
 from tests.operators.test_gauss_newton import built
+from tests.oracle import at, error, recorded
 
 
 def record_loss(model: nn.Module, closure: Callable[[], Any]) -> tuple[Recording, ParameterVector]:

@@ -10,7 +10,7 @@ import torch
 
 from hessfree.recording import BackwardCounter, RandomState
 from hessfree.recording.random_state import GeneratorStates
-from tests.networks import mlp, randn
+from tests.architectures import mlp, randn
 
 
 def draws() -> list[float]:

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from hessfree.recording import CallTree, Owners, Recording, mark_outputs, record
 from hessfree.vectors import ParameterVector
-from tests.networks import PROBLEMS, error, make, mlp, randn, recorded, truth
+from tests.architectures import mlp, randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import error, recorded, truth
 
 
 class Setting:

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from hessfree.linearization import GraphLinearization
 from hessfree.recording import Recording, find_cut, make_cut, replay
-from tests.networks import PROBLEMS, Problem, at, error, flat, make, randn, recorded, simple, truth
+from tests.architectures import randn
+from tests.networks import PROBLEMS, make
+from tests.oracle import at, error, flat, recorded, truth
+from tests.problem import Problem, simple
 
 
 def trial(problem: Problem, recording: Recording, step: Tensor, closure: Callable[[], Any] | None = None) -> float:

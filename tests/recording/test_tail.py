@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.recording import Output, Tail
-from tests.networks import error, randn
+from tests.architectures import randn
+from tests.oracle import error
 
 
 class Echo(torch.autograd.Function):
