@@ -15,7 +15,7 @@ from hessfree.linearization.traced.nodes import A, is_random, mutates
 MASKS = {torch.bool, torch.uint8}
 
 
-def check(recorded: fx.GraphModule, network: Network) -> list["Constant"]:
+def check(recorded: fx.GraphModule, network: Network) -> list[Constant]:
     """Check that a graph is a function of its placeholders alone.
 
     Args:
@@ -70,7 +70,7 @@ def _shape_depends_on_data(node: fx.Node) -> bool:
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
     if node.target is A.index.Tensor:  # static unless a mask is among the indices
-        return any(i is not None and i.meta["val"].dtype in MASKS for i in node.args[1])
+        return any(index.meta["val"].dtype in MASKS for index in node.all_input_nodes[1:])
     return True
 
 

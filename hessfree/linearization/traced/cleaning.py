@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from hessfree.linearization.traced.nodes import RESHAPES, A, dtype, is_random, like, remove_dead, replace, shape
+from hessfree.linearization.traced.nodes import (
+    RESHAPES,
+    A,
+    calls,
+    dtype,
+    first,
+    is_random,
+    like,
+    remove_dead,
+    replace,
+    shape,
+)
 
 ALIASES = {A.alias.default, A.detach.default}
+SAME_IF_SAME_SHAPE = {A.expand.default, A.slice.Tensor}
 INVERSE_OF_ITSELF = {A.t.default, A.neg.default}
 # operators that update running statistics behind the back of their schema; in train mode these do not
 # enter their results
-BATCH_NORMS = {A.native_batch_norm.default: 3, A.cudnn_batch_norm.default: 3, A.miopen_batch_norm.default: 3}
+BATCH_NORMS = {A.native_batch_norm.default, A.cudnn_batch_norm.default, A.miopen_batch_norm.default}
 STRIDED = {A.as_strided.default, A.as_strided_scatter.default, A.as_strided_copy.default}
 POINTWISE = {
     A.mul.Tensor,
@@ -41,7 +52,7 @@ def clean(graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         if node.target in ALIASES:
-            replace(node, node.args[0])
+            replace(node, first(node))
         elif node.target in BATCH_NORMS:
             _forget_statistics(node)
     remove_dead(graph)
@@ -78,7 +89,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _forget_statistics(node: fx.Node) -> None:
-    place = BATCH_NORMS[node.target]
+    place = 3  # the mean, the variance, and whether to train
     if node.args[place + 2] is True:
         node.args = (*node.args[:place], None, None, *node.args[place + 2 :])
 
@@ -86,10 +97,10 @@ def _forget_statistics(node: fx.Node) -> None:
 def _remove_copies(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is A.clone.default and not node.kwargs:
-            replace(node, node.args[0])
+            replace(node, first(node))
         elif node.target is A.copy.default:
-            target, source = node.args[:2]
-            if shape(target) == shape(source) and dtype(target) == dtype(source):
+            target, source = first(node), node.args[1]
+            if isinstance(source, fx.Node) and shape(target) == shape(source) and dtype(target) == dtype(source):
                 replace(node, source)
     remove_dead(graph)
 
@@ -98,33 +109,26 @@ def _cancel(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in RESHAPES:
             node.target = A.reshape.default  # what was a view of a copy may now be a view of something else
-            argument = node.args[0]
-            if argument.target is A.reshape.default:
-                node.args = (argument.args[0], node.args[1])
-            if shape(node.args[0]) == shape(node):
-                replace(node, node.args[0])
+            base = first(node)
+            base = first(base) if base.target is A.reshape.default else base
+            if shape(base) == shape(node):
+                replace(node, base)
             else:
-                node.args = (node.args[0], list(shape(node) or ()))
+                node.args = (base, list(shape(node) or ()))
         elif node.target in INVERSE_OF_ITSELF:
-            argument = node.args[0]
-            if isinstance(argument, fx.Node) and argument.target is node.target:
-                replace(node, argument.args[0])
+            if first(node).target is node.target:
+                replace(node, first(first(node)))
         elif node.target is A.transpose.int:
-            _cancel_transpose(node)
-        elif node.target in {A.expand.default, A.slice.Tensor} and shape(node.args[0]) == shape(node):
-            replace(node, node.args[0])
+            if first(node).target is A.transpose.int and _axes(first(node)) == _axes(node):
+                replace(node, first(first(node)))
+        elif node.target in SAME_IF_SAME_SHAPE and shape(first(node)) == shape(node):
+            replace(node, first(node))
     remove_dead(graph)
-
-
-def _cancel_transpose(node: fx.Node) -> None:
-    argument = node.args[0]
-    if argument.target is A.transpose.int and _axes(argument) == _axes(node):
-        replace(node, argument.args[0])
 
 
 def _axes(node: fx.Node) -> set[int]:
     rank = len(shape(node) or ())
-    return {axis % rank for axis in node.args[1:3]}
+    return {axis % rank for axis in node.args[1:3] if isinstance(axis, int)}
 
 
 def _sink_expands(graph: fx.Graph) -> None:
@@ -138,19 +142,17 @@ def _sink_expands(graph: fx.Graph) -> None:
         node.args = tuple(arguments)
         small = torch.broadcast_shapes(*(shape(a) or () for a in arguments if isinstance(a, fx.Node)))
         if tuple(small) != shape(node):
-            _with_meta_after(node, lambda n: (A.expand.default, (n, list(shape(n) or ()))), small)
+            _shrink(node, small)
     remove_dead(graph)
 
 
 def _unexpanded(argument: Any) -> Any:
-    if isinstance(argument, fx.Node) and argument.target is A.expand.default:
-        return argument.args[0]
-    return argument
+    return first(argument) if calls(argument, {A.expand.default}) else argument
 
 
-def _with_meta_after(node: fx.Node, call: Callable[[fx.Node], Any], sizes: torch.Size) -> None:
-    target, arguments = call(node)
+def _shrink(node: fx.Node, sizes: torch.Size) -> None:
+    """Say that `node` now has these sizes, and expand it for its users."""
     with node.graph.inserting_after(node):
-        after = like(node.graph.call_function(target, arguments), node)
-    node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+        expanded = like(node.graph.call_function(A.expand.default, (node, list(shape(node) or ()))), node)
+    node.replace_all_uses_with(expanded, delete_user_cb=lambda user: user is not expanded)
     like(node, node, sizes)

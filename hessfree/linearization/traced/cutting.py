@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.linearization.traced.nodes import A, dependents, is_view, like
+from hessfree.linearization.traced.nodes import A, dependents, first, is_view, like
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +88,8 @@ def _linear_part(tangent: fx.Node, result: fx.Node, varying: set[fx.Node], kept:
         copies[node] = like(graph.placeholder(node.name), node)
     for node in body:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[result])
+    mapped = copies[result]  # a result that does not vary (all zeros) must not be handed out as it is kept
+    graph.output(mapped if result in varying else like(graph.call_function(A.clone.default, (mapped,)), result))
     return LinearPart(graph, tuple(kept.setdefault(n, len(kept)) for n in needed))
 
 
@@ -104,7 +105,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 def _kept(primal: fx.Graph, node: fx.Node, copy: fx.Node, changing: set[fx.Node]) -> fx.Node:
     base = node
     while is_view(base) or base.target in {A.reshape.default, operator.getitem}:
-        base = base.args[0]
+        base = first(base)
     if base not in changing:
         return copy
     return like(primal.call_function(A.clone.default, (copy,)), node)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from hessfree.linearization.traced.cleaning import merge_duplicates
-from hessfree.linearization.traced.nodes import A, dependents, dtype, like, numel, replace, shape
+from hessfree.linearization.traced.nodes import A, calls, dependents, dtype, first, like, numel, replace, shape
 
 # pointwise and linear in the first argument: f(g, z) = g · f(1, z)
 POINTWISE_BACKWARD = {
@@ -41,16 +41,17 @@ def hoist_derivatives(graph: fx.Graph, tangents: list[fx.Node]) -> None:
     """
     varying = dependents(graph, tangents)
     for node in list(graph.nodes):
-        if node.target not in POINTWISE_BACKWARD or node.args[0] not in varying:
+        if node.target not in POINTWISE_BACKWARD or first(node) not in varying:
             continue
-        others = [n for n in node.all_input_nodes if n is not node.args[0]]
-        if any(n in varying for n in others) or shape(node.args[0]) != shape(node):
+        others = [n for n in node.all_input_nodes if n is not first(node)]
+        if any(n in varying for n in others) or shape(first(node)) != shape(node):
             continue
         with graph.inserting_before(node):
             options = {"dtype": dtype(node), "device": node.meta["device"]}
-            one = like(graph.call_function(A.ones.default, (list(shape(node) or ()),), options), node)
+            one = like(graph.call_function(A.ones.default, ([],), options), node, ())
+            one = like(graph.call_function(A.expand.default, (one, list(shape(node) or ()))), node)  # costs no memory
             factor = like(graph.call_function(node.target, (one, *node.args[1:]), node.kwargs), node)
-            product = like(graph.call_function(A.mul.Tensor, (node.args[0], factor)), node)
+            product = like(graph.call_function(A.mul.Tensor, (first(node), factor)), node)
         replace(node, product)
     merge_duplicates(graph)
 
@@ -82,10 +83,9 @@ def regroup_products(graph: fx.Graph, tangents: list[fx.Node]) -> None:
 
 def _collect(node: fx.Node, wanted: torch.dtype, factors: list[Any]) -> list[fx.Node]:
     """Append the factors of the product `node` to `factors`; return the inner products, used nowhere else."""
-    nodes = []
+    nodes: list[fx.Node] = []
     for argument in node.args:
-        product = isinstance(argument, fx.Node) and argument.target in PRODUCTS
-        if product and len(argument.users) == 1 and dtype(argument) == wanted:
+        if calls(argument, PRODUCTS) and len(argument.users) == 1 and dtype(argument) == wanted:
             nodes += [argument, *_collect(argument, wanted, factors)]
         else:
             factors.append(argument)

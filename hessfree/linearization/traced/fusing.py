@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from hessfree.linearization.traced.nodes import A, dependents, dtype, like, remove_dead, replace, shape
+from hessfree.linearization.traced.nodes import A, dependents, dtype, first, like, remove_dead, replace, shape
 
-FUSED = {A.mm.default: (2, A.addmm.default), A.bmm.default: (3, A.baddbmm.default)}
+FUSED: dict[Any, Any] = {A.mm.default: A.addmm.default, A.bmm.default: A.baddbmm.default}
 
 
 def fuse_additions(graph: fx.Graph, tangents: list[fx.Node]) -> None:
@@ -21,21 +23,18 @@ def fuse_additions(graph: fx.Graph, tangents: list[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.target is not A.add.Tensor or node.kwargs or node not in varying:
             continue
-        for product, other in ((node.args[1], node.args[0]), (node.args[0], node.args[1])):
-            if _fits(node, product, other):
-                base = other.args[0] if other.target is A.expand.default else other
+        for product, other in (node.args[::-1], node.args):
+            if isinstance(product, fx.Node) and isinstance(other, fx.Node) and _fits(node, product, other):
+                base = first(other) if other.target is A.expand.default else other
                 with graph.inserting_before(node):
-                    fused = FUSED[product.target][1]
-                    sum_of_both = like(graph.call_function(fused, (base, *product.args)), node)
+                    sum_of_both = like(graph.call_function(FUSED[product.target], (base, *product.args)), node)
                 replace(node, sum_of_both)
                 break
     remove_dead(graph)
 
 
-def _fits(node: fx.Node, product: object, other: object) -> bool:
-    if not isinstance(product, fx.Node) or not isinstance(other, fx.Node) or product.target not in FUSED:
-        return False
-    if len(product.users) != 1 or product is other or shape(other) is None:
+def _fits(node: fx.Node, product: fx.Node, other: fx.Node) -> bool:
+    if product.target not in FUSED or len(product.users) != 1 or product is other or shape(other) is None:
         return False
     same_dtype = dtype(product) == dtype(other) == dtype(node)
     same_shape = shape(product) == shape(node) == tuple(

@@ -6,8 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import enum
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +49,7 @@ class Network:
         inputs: The tensors among the arguments, without graph.
         spec: How the arguments are nested.
         leaves: The leaves of the arguments; None where a tensor stands.
+        parts: The module and all modules in it.
         params: Index of the parameter behind each name that the module knows it by.
         constants: Index, in `state`, of every other tensor of the module, by name.
         state: Buffers and the parameters that are not ours, each once.
@@ -79,6 +79,7 @@ class Network:
         self.inputs = [_input(v, root, parameters) for v in values if isinstance(v, Tensor)]
         self.leaves = tuple(None if isinstance(v, Tensor) else _plain(v, root) for v in values)
         self._tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+        self.parts: list[nn.Module] = []
         self.params: dict[str, int] = {}
         self.constants: dict[str, int] = {}
         self.state: list[Tensor] = []
@@ -126,17 +127,20 @@ class Network:
 
     def _list_state(self, parameters: ParameterVector) -> None:
         known: dict[int, int] = {}
-        named = itertools.chain(
-            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
-        )
-        for name, tensor in named:
-            if tensor in parameters:
-                self.params[name] = parameters.index_of(tensor)
-                continue
-            if id(tensor) not in known:
-                known[id(tensor)] = len(self.state)
-                self.state.append(tensor.detach())
-            self.constants[name] = known[id(tensor)]
+        # one walk, for this runs at every step; a module that stands twice has its tensors under both names
+        for prefix, part in self.module.named_modules(remove_duplicate=False):
+            self.parts.append(part)
+            for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is None:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                if tensor in parameters:
+                    self.params[full] = parameters.index_of(tensor)
+                    continue
+                if id(tensor) not in known:
+                    known[id(tensor)] = len(self.state)
+                    self.state.append(tensor.detach())
+                self.constants[full] = known[id(tensor)]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -172,7 +176,7 @@ class _Complete(BaseException):
 
 
 @contextlib.contextmanager
-def _collected(places: set[Place], found: dict[Place, Tensor]) -> Iterator[None]:
+def _collected(places: set[Place], found: dict[Place, Tensor]) -> Generator[None]:
     """Put the outputs at `places` into `found`, through global module hooks like those that recorded them."""
     modules = {place.module for place in places}
     counts: collections.Counter[nn.Module] = collections.Counter()
@@ -203,7 +207,7 @@ def _collected(places: set[Place], found: dict[Place, Tensor]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
+def _attributes_kept(module: nn.Module) -> Generator[None]:
     """Put back the attributes that modules assign to themselves (a counter, an activation kept to look at)."""
     kept = [(part.__dict__, dict(part.__dict__)) for part in module.modules()]
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Container, Iterable
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -41,6 +41,18 @@ def numel(node: fx.Node) -> int:
     sizes = shape(node)
     assert sizes is not None
     return torch.Size(sizes).numel()
+
+
+def first(node: fx.Node) -> fx.Node:
+    """Return the first argument of `node`, which must be a node itself."""
+    argument = node.args[0]
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def calls(value: Any, targets: Container[Any]) -> TypeGuard[fx.Node]:
+    """Tell whether `value` is a node that calls one of `targets`."""
+    return isinstance(value, fx.Node) and value.target in targets
 
 
 def like(node: fx.Node, model: fx.Node, sizes: Iterable[int] | None = None) -> fx.Node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from hessfree.linearization.traced.nodes import RESHAPES, A
+from hessfree.linearization.traced.nodes import RESHAPES, A, first
 
 # operators with a kernel that writes straight into `out`, by the function that calls it with least overhead
 INTO: dict[Any, Callable[..., Tensor]] = {
@@ -31,11 +30,10 @@ INTO: dict[Any, Callable[..., Tensor]] = {
     A.sum.dim_IntList: torch.sum,
     A.mean.dim: torch.mean,
 }
-# those of them that may write over an argument: each entry of the result needs that entry alone, and of
-# a b + c only c
-OVERWRITES = {A.mul.Tensor, A.mul.Scalar, A.add.Tensor, A.add.Scalar, A.sub.Tensor, A.sub.Scalar, A.div.Tensor}
-OVERWRITES |= {A.div.Scalar, A.neg.default, A.addmm.default, A.baddbmm.default}
-ACCUMULATES = {A.addmm.default, A.baddbmm.default}
+# how many of their first arguments these may write over: of a b + c only c, of a pointwise operation any
+OVERWRITES: dict[Any, int] = {A.mul.Tensor: 2, A.add.Tensor: 2, A.sub.Tensor: 2, A.div.Tensor: 2}
+OVERWRITES |= dict.fromkeys([A.mul.Scalar, A.add.Scalar, A.sub.Scalar, A.div.Scalar, A.neg.default], 1)
+OVERWRITES |= dict.fromkeys([A.addmm.default, A.baddbmm.default], 1)
 COPIES = {A.clone.default, A._to_copy.default, *RESHAPES}
 
 
@@ -66,136 +64,153 @@ class Replay:
 
 @dataclasses.dataclass(eq=False)
 class _Memory:
-    """The memory of one node and all its views."""
+    """The memory of one node and of all its views."""
 
     owner: fx.Node
-    last: int = -1
+    last: int = -1  # index of the node that uses it last
+    flat: Tensor | None = None  # a fixed buffer that may be used again after that
+    names: list[str] = dataclasses.field(default_factory=list)  # variables that hold it, where it is not fixed
+
+
+class _Watch:
+    """One run with the examples: every value, which nodes share memory, and when each is used last."""
+
+    def __init__(self, graph: fx.Graph, examples: Sequence[Tensor]) -> None:
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.nodes = [n for n in graph.nodes if n.op == "call_function"]
+        self.values: dict[fx.Node, Any] = dict(zip(placeholders, examples, strict=True))
+        self.memory = {n: _Memory(n, len(self.nodes)) for n in placeholders}
+        for i, node in enumerate(self.nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            self.values[node] = node.target(*args, **kwargs)
+            self.memory[node] = self._shared(node) or _Memory(node)
+            for used in (node, *node.all_input_nodes):
+                self.memory[used].last = max(self.memory[used].last, i)
+
+    def _shared(self, node: fx.Node) -> _Memory | None:
+        storages = _storages(self.values[node])
+        return next((self.memory[a] for a in node.all_input_nodes if storages & _storages(self.values[a])), None)
 
 
 class _Writer:
+    """Writes one statement a kernel, and plans the buffers."""
+
     def __init__(self, graph: fx.Graph, tangent: Tensor, residuals: Sequence[Tensor]) -> None:
-        self.input = torch.empty_like(tangent)
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        self.nodes = [n for n in graph.nodes if n.op == "call_function"]
+        watch = _Watch(graph, [tangent, *residuals])
+        self.nodes, self.values, self.memory = watch.nodes, watch.values, watch.memory
+        first, *rest = (n for n in graph.nodes if n.op == "placeholder")
         (output,) = (n for n in graph.nodes if n.op == "output")
-        self.values: dict[fx.Node, Any] = dict(zip(placeholders, [tangent, *residuals], strict=True))
-        self.memory: dict[fx.Node, _Memory] = {n: _Memory(n, len(self.nodes)) for n in placeholders}
-        self._watch(output.args[0])
-        self.names = {n: f"r{i}" for i, n in enumerate(placeholders[1:])}
-        self._parameters = ", ".join(self.names.values())
-        self.fixed: dict[fx.Node, Any] = {placeholders[0]: self.input}  # values that are the same at every run
-        self._namespace: dict[str, Any] = {}
+        self.input = torch.empty_like(tangent)
+        self.fixed: dict[fx.Node, Any] = {first: self.input}  # values that are the same tensors at every run
+        self._names = {n: f"r{i}" for i, n in enumerate(rest)}
+        self._header = f"def run({', '.join(self._names.values())}):"
         self._lines: list[str] = []
-        self._numbers = itertools.count()
+        self._namespace: dict[str, Any] = {}
         self._free: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         self._lay_out(output.args[0])
-
-    # --- what happens in one run, seen with the examples ---
-
-    def _watch(self, result: fx.Node) -> None:
-        """Compute every node once, and find out which share memory and when each is used last."""
-        for i, node in enumerate(self.nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-            value = self.values[node] = node.target(*args, **kwargs)
-            storages = {_storage(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
-            shared = [
-                a
-                for a in node.all_input_nodes
-                if any(_storage(t) in storages for t in tree_leaves(self.values[a]) if isinstance(t, Tensor))
-            ]
-            self.memory[node] = self.memory[shared[0]] if shared else _Memory(node)
-            for used in (node, *node.all_input_nodes):
-                self.memory[used].last = max(self.memory[used].last, i)
-        self.memory[result].last = len(self.nodes)
 
     def _lay_out(self, result: fx.Node) -> None:
         """Let the nodes that are joined into the result write straight into their parts of it."""
         joined = result.target is A.cat.default
-        self._pieces: list[fx.Node] = list(result.args[0]) if joined else [result]  # type: ignore[arg-type]
+        pieces: Any = result.args[0] if joined else [result]
+        self._joining = result if joined else None
         self.result = torch.empty_like(self.values[result])
-        self._result_node = result if joined else None
+        parts = self.result.split([self.values[p].numel() for p in pieces])
+        self._pieces = list(zip(pieces, parts, strict=True))
         self._places: dict[fx.Node, Tensor] = {}
-        for piece, place in zip(self._pieces, self._parts(), strict=True):
-            owner = self.memory[piece].owner
-            value = self.values[owner]
-            whole = owner.target in INTO and value.is_contiguous() and _same_memory(value, self.values[piece])
-            if whole and owner not in self._places:
-                self._places[owner] = place.view(value.shape)
-                self.memory[owner].last = len(self.nodes)
-
-    def _parts(self) -> Sequence[Tensor]:
-        return self.result.split([self.values[p].numel() for p in self._pieces])
-
-    # --- writing ---
+        for piece, part in self._pieces:
+            memory = self.memory[piece]
+            memory.last = len(self.nodes)
+            value = self.values[memory.owner]
+            if memory.owner.target in INTO and _same(value, self.values[piece]) and memory.owner not in self._places:
+                self._places[memory.owner] = part.view(value.shape)
 
     def write(self, index: int) -> None:
+        """Write the statement of one node."""
         node = self.nodes[index]
-        if node is self._result_node:
+        if node is self._joining:
             return
-        value, arguments = self.values[node], node.all_input_nodes
-        if self.memory[node].owner is not node:
-            self._write_view(node)
-        elif isinstance(value, Tensor) and (node.target in INTO or node.target in COPIES):
-            self._write_into(node, index)
+        memory = self.memory[node]
+        if memory.owner is not node and all(a in self.fixed for a in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.fixed.__getitem__)
+            self.fixed[node] = node.target(*args, **kwargs)  # a view, made once
+        elif memory.owner is node and node.target in INTO:
+            self.fixed[node] = self._buffer(node, index)
+            out = f", out={self._text(node)}"
+            self._lines.append(f"{self._constant(INTO[node.target])}({self._arguments(node)}{out})")
+        elif memory.owner is node and node.target in COPIES:
+            self.fixed[node] = buffer = self._buffer(node, index)
+            source = first(node)
+            shaped = buffer.view(self.values[source].shape) if node.target in RESHAPES else buffer
+            self._lines.append(f"{self._constant(shaped)}.copy_({self._text(source)})")
         else:
-            self._call(node)
-        self._release([node, *arguments], index)
+            self._names[node] = name = f"n{index}"
+            memory.names.append(name)
+            self._lines.append(f"{name} = {self._constant(node.target)}({self._arguments(node)})")
+        for used in {id(m): m for m in (memory, *(self.memory[a] for a in node.all_input_nodes))}.values():
+            if used.last == index:
+                self._release(used)
 
     def function(self) -> Callable[..., None]:
         """Return the statements as a function of the residuals."""
-        for piece, place in zip(self._pieces, self._parts(), strict=True):
-            owner = self.memory[piece].owner
-            if owner not in self._places or not _same_memory(self.fixed[piece], place):
-                self._lines.append(f"{self._constant(place)}.copy_({self._text(piece)}.reshape(-1))")
-        body = "\n    ".join(self._lines or ["pass"])
-        exec(f"def run({self._parameters}):\n    {body}", self._namespace)  # noqa: S102
+        for piece, part in self._pieces:
+            if self.memory[piece].owner not in self._places or not _same(self.fixed[piece], part):
+                self._lines.append(f"{self._constant(part)}.copy_({self._text(piece)}.reshape(-1))")
+        exec("\n    ".join([self._header, *self._lines, "return"]), self._namespace)
         return self._namespace["run"]
 
-    def _write_view(self, node: fx.Node) -> None:
-        if all(a in self.fixed for a in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.fixed.__getitem__)
-            self.fixed[node] = node.target(*args, **kwargs)
-        else:
-            self._call(node)
-
-    def _call(self, node: fx.Node) -> None:
-        self.names[node] = f"n{next(self._numbers)}"
-        text = ", ".join([self._text(a) for a in node.args] + [f"{k}={self._text(a)}" for k, a in node.kwargs.items()])
-        self._lines.append(f"{self.names[node]} = {self._constant(node.target)}({text})")
-
-    def _write_into(self, node: fx.Node, index: int) -> None:
-        self.fixed[node] = buffer = self._buffer(node, index)
-        if node.target in COPIES:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            shaped = buffer if node.target not in RESHAPES else buffer.view(self.values[source].shape)
-            self._lines.append(f"{self._constant(shaped)}.copy_({self._text(source)})")
-            return
-        parts = [self._text(a) for a in node.args] + [f"{k}={self._text(a)}" for k, a in node.kwargs.items()]
-        self._lines.append(f"{self._constant(INTO[node.target])}({', '.join(parts)}, out={self._text(node)})")
-
     def _buffer(self, node: fx.Node, index: int) -> Tensor:
-        """Return where `node` writes: its part of the result, a dying argument, or free memory."""
+        """Return where `node` writes: its part of the result, an argument not needed again, or free memory."""
         if node in self._places:
             return self._places[node]
-        value = self.values[node]
-        if node.target in OVERWRITES:
-            for argument in node.args[: 1 if node.target in ACCUMULATES else 2]:
-                if isinstance(argument, fx.Node) and self._may_overwrite(argument, value, index):
-                    self.memory[node] = self.memory[argument]
-                    return self.fixed[argument]
+        value, memory = self.values[node], self.memory[node]
+        if torch.empty_like(value).stride() != value.stride():  # not dense: memory that nothing else can use
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        for argument in node.args[: OVERWRITES.get(node.target, 0)]:
+            if isinstance(argument, fx.Node) and self._may_overwrite(argument, node, index):
+                memory.flat, self.memory[argument].flat = self.memory[argument].flat, None
+                return self.fixed[argument]
         free = self._free.get((value.dtype, value.numel()))
-        flat = free.pop() if free else torch.empty(value.numel(), dtype=value.dtype, device=value.device)
-        return flat.as_strided(value.shape, value.stride())
+        memory.flat = free.pop() if free else torch.empty(value.numel(), dtype=value.dtype, device=value.device)
+        return memory.flat.as_strided(value.shape, value.stride())
 
-    def _may_overwrite(self, argument: fx.Node, value: Tensor, index: int) -> bool:
-        memory, found = self.memory[argument], self.fixed.get(argument)
-        return (
-            memory.last == index
-            and memory.owner.op == "call_function"
-            and isinstance(found, Tensor)
-            and (found.shape, found.stride(), found.dtype) == (value.shape, value.stride(), value.dtype)
-        )
+    def _may_overwrite(self, argument: fx.Node, node: fx.Node, index: int) -> bool:
+        memory, value = self.memory[argument], self.values[node]
+        if memory.last != index or memory.flat is None or memory.flat.numel() != value.numel():
+            return False
+        found = self.fixed[argument]
+        same_place = (found.shape, found.stride(), found.dtype) == (value.shape, value.stride(), value.dtype)
+        # another view of the same memory among the arguments would be read after it was overwritten
+        return same_place and all(a is argument or self.memory[a] is not memory for a in node.all_input_nodes)
 
-    def _release(self, nodes: Sequence[fx.Node], index: int) -> None:
-        raise NotImplementedError
+    def _release(self, memory: _Memory) -> None:
+        if memory.flat is not None:
+            self._free.setdefault((memory.flat.dtype, memory.flat.numel()), []).append(memory.flat)
+            memory.flat = None
+        elif memory.names:
+            self._lines.append(f"del {', '.join(memory.names)}")
+
+    def _arguments(self, node: fx.Node) -> str:
+        return ", ".join([*map(self._text, node.args), *(f"{k}={self._text(a)}" for k, a in node.kwargs.items())])
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self._constant(self.fixed[value]) if value in self.fixed else self._names[value]
+        if isinstance(value, tuple | list):
+            return f"[{', '.join(map(self._text, value))}]"
+        return repr(value) if value is None or isinstance(value, bool | int) else self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{id(value)}"
+        self._namespace[name] = value  # held here, so that the id stays its own
+        return name
+
+
+def _storages(value: Any) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two contiguous tensors are the same memory, shapes apart."""
+    contiguous = a.is_contiguous() and b.is_contiguous()
+    return contiguous and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()

@@ -1,0 +1,108 @@
+"""Traces by signature, the least recently used thrown away first."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from typing import Any
+
+from torch import nn
+
+from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.traced.network import Network
+from hessfree.linearization.traced.signature import signature
+from hessfree.linearization.traced.trace import Trace
+from hessfree.vectors import ParameterVector
+
+# a network whose signature is new at every call (texts of every length, a counter among its attributes) would
+# be traced at every step, which takes longer than the step
+MOST_MISSES_IN_A_ROW = 8
+
+
+class TraceCache:
+    """Holds a few traces, and remembers which networks cannot be traced.
+
+    Attributes:
+        capacity: How many signatures it remembers.
+        hits: How often a trace was there.
+        misses: How often it had to be made, or failed.
+        evictions: How many were thrown away.
+    """
+
+    def __init__(self, capacity: int = 8) -> None:
+        """Start empty.
+
+        Args:
+            capacity: How many signatures to remember.
+
+        Raises:
+            ValueError: It is less than one.
+        """
+        if capacity < 1:
+            raise ValueError(f"{capacity=} must be 1 or more")
+        self.capacity = capacity
+        self.hits = self.misses = self.evictions = 0
+        self._in_a_row: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._entries: collections.OrderedDict[Any, tuple[weakref.ref[nn.Module], Trace | str]] = (
+            collections.OrderedDict()
+        )
+
+    def __len__(self) -> int:
+        """Return how many signatures are remembered."""
+        return len(self._entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as an empty cache: a trace belongs to one process and one module object."""
+        return {**TraceCache(self.capacity).__dict__}
+
+    def get(self, network: Network, parameters: ParameterVector) -> Trace:
+        """Return the trace of `network`, made now unless one of the same signature is there.
+
+        Args:
+            network: The network.
+            parameters: The parameters.
+
+        Returns:
+            A trace that may be evaluated at the present parameters and inputs.
+
+        Raises:
+            LinearizationError: The network cannot be traced, now or at an earlier attempt.
+        """
+        key = signature(network, parameters)
+        found = self._entries.get(key)
+        if found is not None and found[0]() is network.module and _valid(found[1]):
+            self.hits += 1
+            self._in_a_row[network.module] = 0
+            self._entries.move_to_end(key)
+            trace = found[1]
+        else:
+            trace = self._make(network, parameters, key)
+        if isinstance(trace, str):
+            raise LinearizationError(trace)
+        if trace.fault is not None:
+            raise LinearizationError(trace.fault)
+        return trace
+
+    def _make(self, network: Network, parameters: ParameterVector, key: Any) -> Trace | str:
+        self.misses += 1
+        in_a_row = self._in_a_row[network.module] = self._in_a_row.get(network.module, 0) + 1
+        if in_a_row > MOST_MISSES_IN_A_ROW:
+            raise LinearizationError(
+                f"the last {MOST_MISSES_IN_A_ROW} calls of {type(network.module).__name__} differed in shapes or "
+                "settings, and tracing each anew takes longer than a step"
+            )
+        trace: Trace | str
+        try:
+            trace = Trace(network, parameters)
+        except LinearizationError as error:
+            trace = str(error)
+        self._entries[key] = (weakref.ref(network.module), trace)
+        self._entries.move_to_end(key)
+        while len(self._entries) > self.capacity:
+            self._entries.popitem(last=False)
+            self.evictions += 1
+        return trace
+
+
+def _valid(trace: Trace | str) -> bool:
+    return isinstance(trace, str) or all(constant.unchanged() for constant in trace.constants)

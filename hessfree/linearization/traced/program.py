@@ -1,0 +1,71 @@
+"""One linear part, ready to run: as the operators of its graph, or replayed into fixed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from hessfree.linearization.traced.cleaning import STRIDED
+from hessfree.linearization.traced.cutting import LinearPart
+from hessfree.linearization.traced.nodes import A, is_view, shape
+from hessfree.linearization.traced.replay import Replay
+
+# below this many bytes of intermediate results a product is bound by Python and by allocation, not by kernels;
+# measured, and a fact about the graph, so that every process and every resumed run chooses alike
+LARGEST_REPLAY = 2**26
+
+
+class Program:
+    """A linear map.
+
+    Attributes:
+        replays: Whether it runs in fixed buffers.
+    """
+
+    def __init__(self, part: LinearPart) -> None:
+        """Take one part of a cut graph."""
+        self._part = part
+        self._forward = fx.GraphModule(nn.Module(), part.graph).forward
+        self._replay: Replay | None = None
+        self.replays = _bytes(part.graph) <= LARGEST_REPLAY
+        # no batching rule, or one that takes each row for a storage of its own
+        self._vectorises = not any(n.target in STRIDED or n.target is A.copy.default for n in part.graph.nodes)
+
+    def arguments(self, residuals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return those of all `residuals` that this map needs."""
+        return tuple(residuals[i] for i in self._part.residuals)
+
+    def __call__(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+        """Apply the map to a flat vector; the result is the caller's own."""
+        if not self.replays:
+            return self._forward(tangent, *arguments)
+        replay = self.replay(tangent, arguments)
+        replay.input.copy_(tangent)
+        replay.run(*arguments)
+        return replay.output.clone()
+
+    def replay(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Replay:
+        """Return the map in fixed buffers, compiled at its first use with these examples."""
+        if self._replay is None:
+            self._replay = Replay(self._part.graph, tangent, arguments)
+        return self._replay
+
+    def rows(self, tangents: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+        """Apply the map to each row of `tangents`, at once where every operator can be vectorised."""
+        if self._vectorises:
+            try:
+                return torch.func.vmap(lambda t: self._forward(t, *arguments))(tangents)
+            except (RuntimeError, NotImplementedError, ValueError):
+                self._vectorises = False
+        return torch.stack([self(t, arguments) for t in tangents])
+
+
+def _bytes(graph: fx.Graph) -> int:
+    total = 0
+    for node in graph.nodes:
+        sizes = shape(node)
+        if node.op == "call_function" and sizes is not None and not is_view(node):
+            total += torch.Size(sizes).numel() * node.meta["dtype"].itemsize
+    return total

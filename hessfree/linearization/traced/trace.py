@@ -1,0 +1,132 @@
+"""A network traced once: z and residuals at any parameters, and both linear maps."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, fx
+
+from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
+from hessfree.linearization.traced.checks import check
+from hessfree.linearization.traced.cleaning import clean
+from hessfree.linearization.traced.cutting import Parts, cut
+from hessfree.linearization.traced.factors import hoist_derivatives, regroup_products
+from hessfree.linearization.traced.fusing import fuse_additions
+from hessfree.linearization.traced.network import Network
+from hessfree.linearization.traced.nodes import describe, is_random
+from hessfree.linearization.traced.program import Program
+from hessfree.recording import RandomState
+from hessfree.vectors import FlatSpace, ParameterVector
+
+
+class Trace:
+    """What tracing a network gave.
+
+    Attributes:
+        space: The flat space of the outputs.
+        jvp: (v, residuals) -> J v.
+        vjp: (u, residuals) -> Jᵀ u.
+        random: Whether the network draws random numbers.
+        constants: Attributes of modules that the trace holds on to.
+        trusted: Whether its products were compared with those of another back end.
+        fault: Why it must not be used; None if it may.
+    """
+
+    def __init__(self, network: Network, parameters: ParameterVector) -> None:
+        """Trace `network`.
+
+        Args:
+            network: The network, with its present inputs.
+            parameters: The parameters, with their present values.
+
+        Raises:
+            LinearizationError: It cannot be traced, or its trace gives other outputs than it does.
+        """
+        self.trusted = False
+        self.fault: str | None = None
+        with plain_world(network, parameters.device), _quiet():
+            values = _evaluate(network, parameters)
+            self.space = FlatSpace([t.shape for t in values], [t.dtype for t in values], values[0].device)
+            recorded = capture(Joint(network, parameters, self.space))
+        self.constants = check(recorded, network)
+        count = len(parameters.params)
+        parts = _cleaned(recorded.graph, range(count, count + len(network.state)))
+        self.random = any(is_random(n) for n in parts.primal.nodes)
+        self._primal = fx.GraphModule(recorded, parts.primal).forward
+        self.jvp, self.vjp = Program(parts.jvp), Program(parts.vjp)
+        traced, _ = self.evaluate(network, parameters)
+        truth = self.space.flatten(values)
+        precision = max(torch.finfo(t.dtype).eps for t in values)
+        if not bool((traced - truth).norm() <= 8 * precision * truth.norm()):
+            raise LinearizationError("the traced network gives other outputs than the network")
+
+    def evaluate(self, network: Network, parameters: ParameterVector) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the network at the present parameters.
+
+        Args:
+            network: A network of the same signature as the one traced.
+            parameters: The parameters.
+
+        Returns:
+            z `[Z]`, and the residuals, some of which are views of the parameters and the inputs.
+
+        Raises:
+            LinearizationError: It failed, or random numbers are needed and their state is not known.
+        """
+        with torch.no_grad(), without_autocast(parameters.device), self._randomness(network, parameters.device):
+            params = [p.detach() for p in parameters.params]
+            try:
+                values, residuals = self._primal(*params, *network.state, *network.inputs)
+            except RuntimeError as error:
+                raise LinearizationError(f"the traced network failed: {first_line(error)}") from error
+            return self.space.flatten(values), residuals
+
+    @contextlib.contextmanager
+    def _randomness(self, network: Network, device: torch.device) -> Generator[None]:
+        if not self.random:
+            yield
+            return
+        if network.random is None:
+            raise LinearizationError("the network draws random numbers, and their state before its call is not known")
+        now = RandomState.capture(device)
+        network.random.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+def _evaluate(network: Network, parameters: ParameterVector) -> list[Tensor]:
+    """Return z as the network itself gives it."""
+    leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters.params]
+    try:
+        with torch.enable_grad():
+            values = network.within(leaves, network.state, lambda: network.outputs(network.inputs))
+    except LinearizationError:
+        raise
+    except Exception as error:
+        raise LinearizationError(f"the network cannot be evaluated again: {first_line(error)}") from error
+    return [t.detach() for t in values]
+
+
+def _cleaned(graph: fx.Graph, state: range) -> Parts:
+    describe(graph)
+    tangents = [n for n in graph.nodes if n.op == "placeholder"][-2:]
+    clean(graph)
+    hoist_derivatives(graph, tangents)
+    regroup_products(graph, tangents)
+    fuse_additions(graph, tangents)
+    graph.lint()
+    return cut(graph, state)
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    with warnings.catch_warnings():
+        # the first trace of a process scripts some decompositions with torch.jit, which is deprecated
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)
+        yield
