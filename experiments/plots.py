@@ -92,11 +92,14 @@ def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         height = max(math.log(y), previous + gap)
         previous = height
+        # A line that ends in the left half may have others to its right: its name goes above.
+        above = math.log(x / left) < 0.5 * math.log(right / left)
         axis.annotate(
             name,
             (x, math.exp(height)),
-            xytext=(8, 0),
+            xytext=(0, 11) if above else (8, 0),
             textcoords="offset points",
+            ha="center" if above else "left",
             va="center",
             fontsize=10,
             fontweight="bold",
