@@ -18,7 +18,7 @@ from hessfree.linearization import linearize
 from hessfree.momentum import QuadraticModelMomentum
 from hessfree.operators import GaussNewton, Hessian
 from hessfree.optimizer import HessianFree
-from hessfree.preconditioners import KFAC, Identity
+from hessfree.preconditioners import KFAC, Identity, Woodbury
 from hessfree.recording import mark_outputs
 from hessfree.report import StepReport
 from hessfree.solvers import CG, DenseCholesky
@@ -39,6 +39,7 @@ __all__ = [
     "LevenbergMarquardt",
     "QuadraticModelMomentum",
     "StepReport",
+    "Woodbury",
     "linearize",
     "mark_outputs",
 ]

@@ -46,6 +46,7 @@ class Memory:
         verified: Whether the loss after the last accepted step was evaluated.
         previous_step: The last accepted change of the parameters, `[P]`.
         preconditioner: What the preconditioner has learned.
+        pending: Where ρ of the last step waits for the next loss: loss (with weight decay) and predicted change.
     """
 
     step: int = 0
@@ -53,6 +54,32 @@ class Memory:
     verified: bool = True
     previous_step: Tensor | None = None
     preconditioner: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pending: tuple[float, float] | None = None
+
+
+def reduction_ratio(change: float, predicted: float, loss: Tensor) -> float:
+    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss`."""
+    noise = 10 * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
+    return change / predicted if abs(predicted) > noise else math.nan
+
+
+def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, weight_decay: Sequence[float]) -> float:
+    """Return ρ of the step before, whose loss after it is the loss with which this one begins.
+
+    Args:
+        memory: What the last step left.
+        loss: The recorded loss of this step.
+        parameters: The parameters.
+        weight_decay: One number a parameter.
+
+    Returns:
+        ρ, NaN where nobody asked for it.
+    """
+    if memory.pending is None:
+        return math.nan
+    before, predicted = memory.pending
+    squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
+    return reduction_ratio(float(loss.detach()) + 0.5 * sum(squares) - before, predicted, loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,22 +161,26 @@ class Attempt:
             return self._reject(f"rejected: {solution.status.value}", replayable=replayable)
         step = self._lr * direction.value
         terms = self._model_terms(curvature, direction, step, theta)
+        shorter = self._shortening(terms)
+        if shorter < 1:
+            step, terms = shorter * step, terms.scaled(shorter)
         if not all(math.isfinite(t) for t in dataclasses.astuple(terms)):
             return self._reject("rejected: the step is not finite", replayable=replayable)
         found = self._search(step, terms.slope) if replayable else Found(1.0, math.nan, True, "accepted")
         alpha = found.step_length
         predicted = terms.predicted(alpha)
-        # a change within rounding of the loss says nothing about the model
-        noise = 10 * torch.finfo(self._recording.loss.dtype).eps * abs(self._loss)
-        change = found.loss - self._loss + terms.decay_change(alpha)
-        ratio = change / predicted if abs(predicted) > noise else math.nan
+        ratio = reduction_ratio(found.loss - self._loss + terms.decay_change(alpha), predicted, self._recording.loss)
         self._facts |= {"loss_after": found.loss, "predicted_change": predicted, "reduction_ratio": ratio}
         if not found.accepted:
             return self._reject(found.why, ratio, replayable)
         self._facts |= {"step_norm": alpha * terms.norm, "step_length": alpha}
         taken = step if alpha == 1 else alpha * step
+        self._recording.after.restore()  # products may have run modules again, to recompute a checkpoint
         self._parameters.take_step(self._backup, taken)
-        memory = Memory(self._number, replayable, math.isfinite(found.loss), taken, learned)
+        pending = None
+        if self._settings.damping_rule.wants_next_loss(self._number):
+            pending = (self._loss + 0.5 * float(theta @ (self._decay * theta)), predicted)
+        memory = Memory(self._number, replayable, math.isfinite(found.loss), taken, learned, pending)
         return Outcome(memory, self._report(True, found.why), ratio)
 
     def restore(self) -> None:
@@ -159,7 +190,9 @@ class Attempt:
     def _linearise(self) -> tuple[Curvature, dict[str, Any]]:
         settings, learned = self._settings, self._memory.preconditioner
         seed = (settings.seed * 1_000_003 + self._number) % 2**63
-        curvature = self._builder.build(self._recording, self._parameters, seed, self._warn)
+        curvature = self._builder.build(
+            self._recording, self._parameters, seed, self._warn, self._scale, self._shifts
+        )
         if settings.preconditions:
             if curvature.sample is not None and settings.preconditioner.due(learned, self._number):
                 learned, warning = settings.preconditioner.update(learned, curvature.sample, self._number)
@@ -197,6 +230,15 @@ class Attempt:
         gradient = self._recording.gradient
         numbers = (gradient @ step, step @ product, theta @ decayed, step @ decayed, step.norm())
         return _ModelTerms(*torch.stack(numbers).tolist())
+
+    def _shortening(self, terms: _ModelTerms) -> float:
+        """Return the factor that brings the step down to `max_step_norm`."""
+        limit = self._settings.max_step_norm
+        if limit is None:
+            return 1.0
+        curved = self._settings.step_norm == "curvature"
+        length = math.sqrt(max(terms.bend * self._scale, 0.0)) if curved else terms.norm
+        return limit / length if length > limit else 1.0
 
     def _search(self, step: Tensor, slope: float) -> Found:
         def evaluate(alpha: float) -> float:
@@ -248,6 +290,7 @@ class Attempt:
         return dataclasses.replace(outcome, memory=dataclasses.replace(outcome.memory, previous_step=None))
 
     def _reject(self, why: str, ratio: float = math.nan, replayable: bool | None = None) -> Outcome:
+        self._recording.after.restore()
         buffers = self._recording.before.buffers
         if not buffers.finite():
             buffers.restore()
@@ -276,6 +319,12 @@ class _ModelTerms:
     decay_slope: float
     decay_bend: float
     norm: float  # ‖s‖
+
+    def scaled(self, factor: float) -> _ModelTerms:
+        """Return the model along `factor` times the step."""
+        square = factor**2
+        decay = factor * self.decay_slope, square * self.decay_bend
+        return _ModelTerms(factor * self.slope, square * self.bend, *decay, factor * self.norm)
 
     def decay_change(self, alpha: float) -> float:
         """Return the exact change of the weight decay's ½‖θ‖² term at θ + α s."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +85,13 @@ class CurvatureBuilder:
         return self._place is None or len(path) == 1 or path in self._place.paths
 
     def build(
-        self, recording: Recording, parameters: ParameterVector, seed: int, warn: Callable[[str], None]
+        self,
+        recording: Recording,
+        parameters: ParameterVector,
+        seed: int,
+        warn: Callable[[str], None],
+        scale: float = 1.0,
+        shifts: Sequence[float] = (),
     ) -> Curvature:
         """Build the curvature of `recording`.
 
@@ -94,6 +100,8 @@ class CurvatureBuilder:
             parameters: The parameters.
             seed: For the preconditioner's random cotangents.
             warn: Told, once a message, what the user should know.
+            scale: k: the solver's matrix is k times the recording's G.
+            shifts: The diagonal that the solver adds, one number a parameter.
 
         Returns:
             The curvature.
@@ -112,7 +120,15 @@ class CurvatureBuilder:
             for g in cut.tail.gradients
         )
         sample = Sample(
-            parameters, network.outputs, network.calls, hessian, gradients, max(network.samples, 1), seed
+            parameters,
+            network.outputs,
+            network.calls,
+            hessian,
+            gradients,
+            max(network.samples, 1),
+            seed,
+            scale,
+            shifts,
         )
         return Curvature(operator, linearization.name, cut.place.words, network.samples, sample)
 
@@ -131,7 +147,8 @@ class CurvatureBuilder:
                 cut = make_cut(recording, parameters, place)
             if place.warning is not None:
                 warn(place.warning)
-            self._place, self._signature = place, signature
+            # that the loss has no curvature here may be a matter of its values (Huber, all in the linear zone)
+            self._place, self._signature = (place if place.places else None), signature
             return cut
         return make_cut(recording, parameters, self._place)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class DampingRule(Protocol):
@@ -12,6 +12,10 @@ class DampingRule(Protocol):
 
     def wants_ratio(self, step: int) -> bool:
         """Tell whether the loss after step number `step` (from 1) should be evaluated."""
+        ...
+
+    def wants_next_loss(self, step: int) -> bool:
+        """Tell whether ρ of step number `step` is to be taken from the loss with which the next step begins."""
         ...
 
     def next_damping(self, damping: float, ratio: float, rejected: bool) -> float:
@@ -36,6 +40,10 @@ class ConstantDamping:
         """Return False: nothing depends on it."""
         return False
 
+    def wants_next_loss(self, step: int) -> bool:
+        """Return False: nothing depends on it."""
+        return False
+
     def next_damping(self, damping: float, ratio: float, rejected: bool) -> float:
         """Return `damping`."""
         return damping
@@ -54,6 +62,8 @@ class LevenbergMarquardt:
         high: Above this ρ, λ shrinks.
         minimum: λ never shrinks below it; on noisy data it decides how far the last steps average.
         maximum: λ never grows above it.
+        test: "replay" evaluates the loss after the step on the step's own batch. "next_loss" takes the loss with
+            which the next step begins, and costs nothing: only where every step sees the same data.
     """
 
     every: int = 5
@@ -62,6 +72,7 @@ class LevenbergMarquardt:
     high: float = 0.75
     minimum: float = 1e-6
     maximum: float = 1e4
+    test: Literal["replay", "next_loss"] = "replay"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -71,6 +82,8 @@ class LevenbergMarquardt:
         """
         if not (isinstance(self.every, int) and self.every >= 1):
             raise ValueError(f"every={self.every!r} must be an integer, 1 or more")
+        if self.test not in {"replay", "next_loss"}:
+            raise ValueError(f"test={self.test!r} must be 'replay' or 'next_loss'")
         if not 0 < self.omega < 1:
             raise ValueError(f"omega={self.omega!r} must lie between 0 and 1")
         if not self.low < self.high:
@@ -82,7 +95,11 @@ class LevenbergMarquardt:
 
     def wants_ratio(self, step: int) -> bool:
         """Tell whether the loss after step number `step` (from 1) should be evaluated."""
-        return (step - 1) % self.every == 0
+        return self.test == "replay" and (step - 1) % self.every == 0
+
+    def wants_next_loss(self, step: int) -> bool:
+        """Tell whether ρ of step number `step` is to be taken from the loss with which the next step begins."""
+        return self.test == "next_loss" and (step - 1) % self.every == 0
 
     def next_damping(self, damping: float, ratio: float, rejected: bool) -> float:
         """Return λ for the next step.

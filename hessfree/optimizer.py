@@ -6,19 +6,20 @@ import dataclasses
 import math
 import time
 import warnings
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from hessfree.attempt import Attempt, GroupValues, Memory
+from hessfree.attempt import Attempt, GroupValues, Memory, ratio_of_last
 from hessfree.curvature import CurvatureBuilder
 from hessfree.damping import DampingRule, LevenbergMarquardt
 from hessfree.line_search import FullStep, LineSearch
 from hessfree.momentum import Momentum, QuadraticModelMomentum
-from hessfree.preconditioners import KFAC, Preconditioner
+from hessfree.preconditioners import KFAC, Preconditioner, Woodbury
 from hessfree.recording import (
     BackwardCounter,
     CallTree,
@@ -67,6 +68,8 @@ class HessianFree(Optimizer):
         curvature_batch: int | float | None = None,
         linearization: str = "auto",
         seed: int = 0,
+        max_step_norm: float | None = None,
+        step_norm: Literal["euclidean", "curvature"] = "euclidean",
     ) -> None:
         """Set up the optimizer.
 
@@ -86,6 +89,8 @@ class HessianFree(Optimizer):
                 256), or None for all.
             linearization: Back end of the products: "auto", "graph" or "functional".
             seed: For the preconditioner's random cotangents.
+            max_step_norm: Shorten steps s longer than this; None does not.
+            step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs).
         """
         self.settings = Settings(
             model=model,
@@ -97,6 +102,8 @@ class HessianFree(Optimizer):
             curvature_batch=curvature_batch,
             linearization=linearization,
             seed=seed,
+            max_step_norm=max_step_norm,
+            step_norm=step_norm,
         )
         self.accumulated_batches: int | None = None
         self.last_step: StepReport | None = None
@@ -126,6 +133,9 @@ class HessianFree(Optimizer):
     def full_batch(cls, params: Any, **changes: Any) -> Self:
         """Return the recipe for fixed data: every step sees the same batch.
 
+        The preconditioner is nearly the damped matrix itself, and stands in for the solver's iterations; each step is
+        judged by the loss with which the next one begins, so that no step evaluates the loss twice.
+
         Args:
             params: As for the constructor.
             **changes: Arguments of the constructor that differ from the recipe.
@@ -134,8 +144,10 @@ class HessianFree(Optimizer):
             The optimizer.
         """
         recipe: dict[str, Any] = {
+            "solver": CG(max_iterations=0),
+            "preconditioner": Woodbury(),
             "momentum": QuadraticModelMomentum(),
-            "damping_rule": LevenbergMarquardt(every=1, omega=2 / 3, minimum=1e-9),
+            "damping_rule": LevenbergMarquardt(every=1, omega=2 / 3, minimum=1e-9, test="next_loss"),
         }
         return cls(params, **(recipe | changes))
 
@@ -176,10 +188,11 @@ class HessianFree(Optimizer):
         self._check_groups()
         started, seen = time.perf_counter(), self._counter.total
         tree = CallTree(self._owners, parameters.device, self._builder.keeps_inputs, self._builder.keeps_value)
-        recording = record(closure, parameters, tree)
+        recording = record(closure, parameters, tree, stale=self._counter.highest() == 0)
         try:
             self._check_recording(recording, seen)
-            attempt = self._attempt(closure, recording, parameters)
+            damping = self._damping_after_last(recording, parameters)
+            attempt = self._attempt(closure, recording, parameters, damping)
         except BaseException:
             recording.before.restore()
             raise
@@ -191,11 +204,10 @@ class HessianFree(Optimizer):
             attempt.restore()
             recording.before.restore()
             raise
-        for group in self.param_groups:
-            if outcome.memory.replayable is not False:
-                group["damping"] = self.settings.damping_rule.next_damping(
-                    float(group["damping"]), outcome.ratio, not outcome.report.accepted
-                )
+        rule, rejected = self.settings.damping_rule, not outcome.report.accepted
+        for group, value in zip(self.param_groups, damping, strict=True):
+            known = outcome.memory.replayable is not False
+            group["damping"] = rule.next_damping(value, outcome.ratio, rejected) if known else value
         self._memory = outcome.memory
         self.last_step = dataclasses.replace(
             outcome.report, next_damping=float(self.param_groups[0]["damping"]), seconds_gradient=seconds
@@ -277,7 +289,23 @@ class HessianFree(Optimizer):
         if shapes and all(0 in shape for shape in shapes):
             raise ValueError(f"the batch is empty: the outputs of the network have shapes {shapes}; skip such batches")
 
-    def _attempt(self, closure: Closure, recording: Recording, parameters: ParameterVector) -> Attempt:
+    def _spread(self, values: Sequence[float]) -> list[float]:
+        """Turn one number a group into one a parameter."""
+        pairs = zip(values, self.param_groups, strict=True)
+        return [float(value) for value, group in pairs for p in group["params"] if p.requires_grad]
+
+    def _damping_after_last(self, recording: Recording, parameters: ParameterVector) -> list[float]:
+        """Return λ of each group, after the step before has been judged by the loss of this one, if it is to be."""
+        damping = [float(group["damping"]) for group in self.param_groups]
+        decay = self._spread([group["weight_decay"] for group in self.param_groups])
+        ratio = ratio_of_last(self._memory, recording.loss, parameters, decay)
+        if math.isnan(ratio):
+            return damping
+        return [self.settings.damping_rule.next_damping(value, ratio, False) for value in damping]
+
+    def _attempt(
+        self, closure: Closure, recording: Recording, parameters: ParameterVector, damping: Sequence[float]
+    ) -> Attempt:
         def evaluate() -> float:
             self._replaying = True
             try:
@@ -285,12 +313,10 @@ class HessianFree(Optimizer):
             finally:
                 self._replaying = False
 
-        def spread(name: str) -> list[float]:
-            return [float(group[name]) for group in self.param_groups for p in group["params"] if p.requires_grad]
-
+        lr, decay = ([group[name] for group in self.param_groups] for name in ("lr", "weight_decay"))
         return Attempt(
             self.settings,
-            GroupValues(*map(spread, NUMBERS)),
+            GroupValues(*(self._spread(values) for values in (lr, damping, decay))),
             self._memory,
             recording,
             parameters,

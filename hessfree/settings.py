@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal
 
 from torch import nn
 
@@ -30,6 +31,8 @@ class Settings:
         curvature_batch: Samples of the batch that G is formed on; None for all.
         linearization: Back end of the products.
         seed: For the preconditioner's random cotangents.
+        max_step_norm: Shorten steps s longer than this; None does not.
+        step_norm: "euclidean": ‖s‖. "curvature": √(sᵀGs), in the units of the square root of the loss.
     """
 
     model: nn.Module | None
@@ -41,6 +44,8 @@ class Settings:
     curvature_batch: int | float | None
     linearization: str
     seed: int
+    max_step_norm: float | None = None
+    step_norm: Literal["euclidean", "curvature"] = "euclidean"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -52,6 +57,10 @@ class Settings:
         check_curvature_batch(self.curvature_batch)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be an integer")
+        if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:
+            raise ValueError(f"max_step_norm={self.max_step_norm!r} must be positive and finite, or None")
+        if self.step_norm not in {"euclidean", "curvature"}:
+            raise ValueError(f"step_norm={self.step_norm!r} must be 'euclidean' or 'curvature'")
         if not (self.model is None or isinstance(self.model, nn.Module)):
             raise ValueError(f"model={self.model!r} must be a torch.nn.Module or None")
         _check_has("solver", self.solver, "solve", "hessfree.CG(max_iterations=10)")

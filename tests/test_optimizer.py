@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -356,6 +357,38 @@ def test_a_part_of_the_batch_is_refused_where_it_is_another_network(layer: nn.Mo
         optimizer.step(closure)
     assert optimizer.last_step.curvature_samples == 40
     optimizer.step(closure)  # warned once
+
+
+def test_the_next_loss_judges_the_step_before() -> None:
+    x, y = regression(60)
+    rule = LevenbergMarquardt(every=1, omega=0.5)
+    dampings = []
+    for free in (False, True):
+        model = mlp()
+        settings = {"damping_rule": dataclasses.replace(rule, test="next_loss") if free else rule, "weight_decay": 0.01}
+        optimizer = HessianFree(model.parameters(), preconditioner=Identity(), solver=CG(max_iterations=5), **settings)
+        reports = []
+        for _ in range(6):
+            optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y)))  # noqa: B023
+            reports.append(optimizer.last_step)
+        # both evaluate the same loss at the same parameters, one of them a step later and without a replay
+        dampings.append([r.damping for r in reports])
+        assert sum(r.evaluations for r in reports) == (1 if free else 7)
+    assert dampings[0] == dampings[1]
+    assert len(set(dampings[0])) > 2
+
+
+@pytest.mark.parametrize("norm", ["euclidean", "curvature"])
+def test_steps_are_no_longer_than_allowed(norm: str) -> None:
+    model, (x, y) = mlp(), regression()
+    dense = GaussNewton.from_loss(model, F.mse_loss, x, y).to_dense()
+    before = flat(model.parameters())
+    optimizer = HessianFree(model.parameters(), damping=1e-3, max_step_norm=0.01, step_norm=norm)
+    optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y)))
+    s = flat(model.parameters()) - before
+    length = s.norm() if norm == "euclidean" else (s @ dense @ s).sqrt()
+    assert abs(float(length) - 0.01) <= 1e-9
+    assert abs(optimizer.last_step.reduction_ratio - 1) <= 0.05
 
 
 def test_version_and_face() -> None:

@@ -3,5 +3,6 @@
 from hessfree.preconditioners.base import Preconditioner, Sample, State
 from hessfree.preconditioners.identity import Identity
 from hessfree.preconditioners.kfac import KFAC
+from hessfree.preconditioners.woodbury import Woodbury
 
-__all__ = ["KFAC", "Identity", "Preconditioner", "Sample", "State"]
+__all__ = ["KFAC", "Identity", "Preconditioner", "Sample", "State", "Woodbury"]

@@ -34,6 +34,8 @@ class Sample:
         gradients: The gradient of the loss in z, one an output; None where the loss does not use it.
         samples: N, the number of samples.
         seed: For random cotangents; differs from step to step.
+        scale: k: the solver's matrix is k times this sample's G.
+        shifts: The diagonal of D at this step, one number a parameter; empty for zeros.
     """
 
     parameters: ParameterVector
@@ -43,6 +45,8 @@ class Sample:
     gradients: tuple[Tensor | None, ...]
     samples: int
     seed: int
+    scale: float = 1.0
+    shifts: Sequence[float] = ()
 
     def generator(self) -> torch.Generator:
         """Return a generator on the outputs' device, seeded by the step."""

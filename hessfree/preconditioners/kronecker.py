@@ -140,8 +140,8 @@ def kronecker_inverse(
         pieces = parameters.views(r)
         out: list[Tensor | None] = list(pieces)
         for block, inverse, tail in prepared:
-            matrix = _turn(_matrix(block, pieces), block, inverse, tail)
-            _write(block, matrix, out, pieces)
+            matrix = _turn(matrix_of(block, pieces), block, inverse, tail)
+            write_matrix(block, matrix, out)
         for i, s in scales.items():
             out[i] = pieces[i] * s
         return parameters.flatten(out)
@@ -161,7 +161,16 @@ def _turn(matrix: Tensor, block: Mapping[str, Any], inverse: Tensor, tail: Tenso
     return turned if outer is None else outer @ turned
 
 
-def _matrix(block: Mapping[str, Any], pieces: Sequence[Tensor]) -> Tensor:
+def matrix_of(block: Mapping[str, Any], pieces: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+    """Return the block's weight, with its bias as a further column, as the matrices it is made of.
+
+    Args:
+        block: A place, or the state of a block.
+        pieces: By number of parameter, tensors shaped like the parameters.
+
+    Returns:
+        `[out, in (+1)]`, with a leading G where G > 1.
+    """
     weight, groups = pieces[block["weight"]], block["groups"]
     if block["transposed"]:
         weight = weight.T
@@ -174,7 +183,14 @@ def _matrix(block: Mapping[str, Any], pieces: Sequence[Tensor]) -> Tensor:
     return torch.cat([weight, pieces[block["bias"]].reshape(*weight.shape[:-1], 1)], -1)
 
 
-def _write(block: Mapping[str, Any], matrix: Tensor, out: list[Tensor | None], pieces: Sequence[Tensor]) -> None:
+def write_matrix(block: Mapping[str, Any], matrix: Tensor, out: list[Tensor | None]) -> None:
+    """Take `matrix` apart again, into tensors with their parameters' numbers of elements.
+
+    Args:
+        block: A place, or the state of a block.
+        matrix: As `matrix_of` gives it.
+        out: Written at the block's parameters.
+    """
     if block["bias"] is not None:
         out[block["bias"]] = matrix[..., -1]
         matrix = matrix[..., :-1]

@@ -1,0 +1,223 @@
+"""K-FAC plus the exact curvature of a few samples, inverted by the Woodbury identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessfree.preconditioners.base import Sample, State
+from hessfree.preconditioners.jacobian_rows import jacobian_rows
+from hessfree.preconditioners.kfac import KFAC
+from hessfree.preconditioners.kronecker import matrix_of, write_matrix
+from hessfree.solvers import Map
+from hessfree.vectors import ParameterVector
+
+
+@dataclasses.dataclass(frozen=True)
+class Woodbury:
+    """M = τ·K + UᵀU, with K the damped K-FAC matrix and UᵀU the Gauss-Newton matrix of a part of the samples.
+
+    K-FAC knows every layer roughly; UᵀU knows all of them together, but along no more directions than it has rows.
+    The inverse needs the Gram matrix I + U(τK)⁻¹Uᵀ. For Linear layers, where a row of U is s aᵀ, it is a product of
+    two small Gram matrices and U is never formed. K is damped factor by factor (Martens & Grosse 2015, sec. 6.3),
+    and its damping is that of the last update.
+
+    Made for fixed data, where it takes the place of the solver's iterations: `CG(max_iterations=0)` with
+    `QuadraticModelMomentum`. On streaming data it loses to K-FAC alone.
+
+    Attributes:
+        samples: Samples that U is made of: one row an output for up to 4 outputs, else one row of random signs.
+        weight: τ.
+        kfac: How K is learned.
+        update_every: Update both parts every so many steps (and at each of the first three).
+        damping_scale: τK holds `damping_scale`·λ: the preconditioner wants less damping than the system.
+    """
+
+    samples: int = 256
+    weight: float = 0.1
+    kfac: KFAC = KFAC()
+    update_every: int = 10
+    damping_scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        for name in ("samples", "update_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
+        for name in ("weight", "damping_scale"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} must be positive and finite")
+
+    @property
+    def taps(self) -> tuple[type[nn.Module], ...]:
+        """The types of modules whose inputs `update` needs."""
+        return self.kfac.taps
+
+    def due(self, state: State, step: int) -> bool:
+        """Tell whether both parts are to be updated at step number `step`."""
+        return not state or state["updates"] < 3 or step - state["step"] >= self.update_every
+
+    def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
+        """Learn K and U anew and factor the Gram matrix.
+
+        Args:
+            state: What was learned so far; empty at first. Not changed.
+            sample: The network on the curvature batch.
+            step: Number of the step.
+
+        Returns:
+            The new state, and a warning where H has no root, or the Gram matrix no factor.
+        """
+        kfac, warning = self.kfac.update(state.get("kfac", {}), sample, step)
+        if not kfac:
+            return state, warning
+        shifts = sample.shifts or [0.0] * len(sample.parameters.params)
+        shifts = [self.damping_scale * s for s in shifts]
+        factor = self.weight * sample.scale
+        parts = [_damped(block, factor, shifts[block["weight"]]) for block in kfac["blocks"]]
+        for i, d in kfac["diagonal"].items():
+            parts.append({"index": i, "inverse": 1 / _positive(factor * d + shifts[i])})
+        rows = jacobian_rows(sample, self.samples, kfac["blocks"], kfac["diagonal"])
+        parts = [part | row for part, row in zip(parts, rows, strict=True)]
+        gram = torch.stack([_gram(part) for part in parts]).sum(0) if len(parts) > 1 else _gram(parts[0])
+        gram.diagonal().add_(1)
+        cholesky, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed) or not bool(torch.isfinite(cholesky).all()):
+            return state, "the Gram matrix of the Woodbury preconditioner has no Cholesky factor; it stays as it was"
+        updates = state.get("updates", 0) + 1
+        return {"updates": updates, "step": step, "kfac": kfac, "parts": parts, "factor": cholesky}, warning
+
+    def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
+        """Return r ↦ K'⁻¹r − K'⁻¹Uᵀ(I + U K'⁻¹ Uᵀ)⁻¹ U K'⁻¹ r with K' = τK, as of the last update.
+
+        Args:
+            state: What was learned.
+            parameters: The parameters.
+            scale: Not used.
+            shifts: Not used.
+
+        Returns:
+            The map on `[P]` vectors.
+        """
+        if not state:
+            return None
+        parts, factor = state["parts"], state["factor"]
+
+        def apply(r: Tensor) -> Tensor:
+            pieces = parameters.views(r)
+            base = [_solve(part, _part_of(part, pieces)) for part in parts]
+            projected = [_project(part, x) for part, x in zip(parts, base, strict=True)]
+            y = torch.cholesky_solve(torch.stack(projected).sum(0).unsqueeze(1), factor)[:, 0]
+            out: list[Tensor | None] = [None] * len(pieces)
+            for part, x in zip(parts, base, strict=True):
+                x = x - _solve(part, _combine(part, y, x.shape))
+                if "index" in part:
+                    out[part["index"]] = x
+                else:
+                    write_matrix(part, x, out)
+            return parameters.flatten(out)
+
+        return apply
+
+    def describe(self, state: State) -> str:
+        """Return what a report says of it."""
+        if not state:
+            return "none yet"
+        return f"Woodbury: {state['factor'].shape[0]} rows of the Jacobian on {self.kfac.describe(state['kfac'])}"
+
+
+def _positive(t: Tensor) -> Tensor:
+    """Return `t` with zeros (no curvature and no damping) lifted to the rounding of its largest entry."""
+    precision = torch.finfo(t.dtype)
+    return t.clamp_min(float(t.max()) * precision.eps + precision.tiny) if t.numel() else t
+
+
+def _damped(block: Mapping[str, Any], factor: float, shift: float) -> dict[str, Any]:
+    """Return (√f S + π⁻¹√λ I)⁻¹ and (√f A + π√λ I)⁻¹, whose Kronecker product approximates (f·K + λI)⁻¹.
+
+    π balances the two by their mean eigenvalues.
+
+    Args:
+        block: State of a `KroneckerBlock`.
+        factor: f.
+        shift: λ.
+
+    Returns:
+        The block's place, and both inverses; of a diagonal factor its diagonal.
+    """
+    inner, outer = block["inner"], block["outer"]
+    a, s = _mean_eigenvalue(inner, block["groups"]), _mean_eigenvalue(outer, block["groups"])
+    tiny = torch.finfo(inner.dtype).eps
+    pi = (a.clamp_min(tiny) / s.clamp_min(tiny)).sqrt()
+    root = math.sqrt(factor)
+    floor = tiny * root * torch.maximum(a, s)
+    inner_inverse = _inverse(root * inner, pi * math.sqrt(shift) + floor, block["groups"])
+    outer_inverse = _inverse(root * outer, math.sqrt(shift) / pi + floor, block["groups"])
+    place = {name: block[name] for name in ("weight", "bias", "groups", "transposed")}
+    return place | {"inner_inverse": inner_inverse, "outer_inverse": outer_inverse}
+
+
+def _is_diagonal(factor: Tensor, groups: int) -> bool:
+    return factor.ndim == (1 if groups == 1 else 2)
+
+
+def _mean_eigenvalue(factor: Tensor, groups: int) -> Tensor:
+    return factor.mean() if _is_diagonal(factor, groups) else factor.diagonal(dim1=-2, dim2=-1).mean()
+
+
+def _inverse(factor: Tensor, shift: Tensor, groups: int) -> Tensor:
+    if _is_diagonal(factor, groups):
+        return 1 / (factor + shift)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(factor + shift * eye))
+
+
+def _part_of(part: Mapping[str, Any], pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[part["index"]] if "index" in part else matrix_of(part, pieces)
+
+
+def _solve(part: Mapping[str, Any], x: Tensor) -> Tensor:
+    """Return K'⁻¹x; `x` may have leading dimensions."""
+    if "index" in part:
+        return x * part["inverse"]
+    inner, outer = part["inner_inverse"], part["outer_inverse"]
+    x = x * inner.unsqueeze(-2) if _is_diagonal(inner, part["groups"]) else x @ inner
+    return x * outer.unsqueeze(-1) if _is_diagonal(outer, part["groups"]) else outer @ x
+
+
+def _times(rows: Tensor, factor: Tensor) -> Tensor:
+    return rows * factor if factor.ndim == 1 else rows @ factor
+
+
+def _gram(part: Mapping[str, Any]) -> Tensor:
+    """Return U K'⁻¹ Uᵀ of one block."""
+    if "s" in part:
+        left = _times(part["s"], part["outer_inverse"]) @ part["s"].T
+        return left.mul_(_times(part["a"], part["inner_inverse"]) @ part["a"].T)
+    rows = part["rows"]
+    return rows.flatten(1) @ _solve(part, rows).flatten(1).T
+
+
+def _project(part: Mapping[str, Any], x: Tensor) -> Tensor:
+    """Return U x of one block."""
+    if "s" in part:
+        return ((part["s"] @ x) * part["a"]).sum(1)
+    return part["rows"].flatten(1) @ x.reshape(-1)
+
+
+def _combine(part: Mapping[str, Any], y: Tensor, shape: torch.Size) -> Tensor:
+    """Return Uᵀy of one block."""
+    if "s" in part:
+        return (part["s"] * y.unsqueeze(1)).T @ part["a"]
+    return (y @ part["rows"].flatten(1)).reshape(shape)
