@@ -18,7 +18,7 @@ from hessfree.linearization import linearize
 from hessfree.momentum import QuadraticModelMomentum
 from hessfree.operators import GaussNewton, Hessian
 from hessfree.optimizer import HessianFree
-from hessfree.preconditioners import KFAC, Identity, Woodbury
+from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, Jacobi, Nystrom, Woodbury
 from hessfree.recording import mark_outputs
 from hessfree.report import StepReport
 from hessfree.solvers import CG, DenseCholesky
@@ -31,12 +31,15 @@ __all__ = [
     "Armijo",
     "ConstantDamping",
     "DenseCholesky",
+    "EmpiricalFisherDiagonal",
     "FullStep",
     "GaussNewton",
     "Hessian",
     "HessianFree",
     "Identity",
+    "Jacobi",
     "LevenbergMarquardt",
+    "Nystrom",
     "QuadraticModelMomentum",
     "StepReport",
     "Woodbury",
