@@ -115,6 +115,15 @@ class DiagonalForm(Form):
             yield rows.scatter(column)
 
 
+def _positions(layout: Layout, like: FlatSpace, factor: Tensor) -> Iterator[Tensor]:
+    """Yield masks `[count, 1]` of one block a sample: a network may mix the positions of a sample, but not samples."""
+    samples = like.shapes[0][0] if like.shapes[0] else 1
+    positions = max(layout.count // max(samples, 1), 1)
+    place = torch.arange(layout.count, device=factor.device) % positions
+    for p in range(positions):
+        yield (place == p).to(factor.dtype).unsqueeze(1)
+
+
 class BlockForm(Form):
     """H = block-diag over the blocks of a layout, each small and dense."""
 
@@ -153,10 +162,11 @@ class BlockForm(Form):
             like: The flat space of the outputs.
 
         Yields:
-            `width` vectors.
+            `width` vectors for each position of a sample (a token, a pixel).
         """
-        for k in range(self._layout.width):
-            yield self._layout.scatter(self._factor[:, :, k])
+        for here in _positions(self._layout, like, self._factor):
+            for k in range(self._layout.width):
+                yield self._layout.scatter(self._factor[:, :, k] * here)
 
     def _apply(self, blocks: Tensor, w: Tensor) -> Tensor:
         return self._layout.scatter(torch.einsum("bij,bj->bi", blocks, self._layout.gather(w)))
@@ -197,12 +207,13 @@ class SoftmaxForm(Form):
             like: The flat space of the outputs.
 
         Yields:
-            `width` vectors.
+            `width` vectors for each position of a sample (a token, a pixel).
         """
-        for k in range(self._layout.width):
-            unit = torch.zeros_like(self._p)
-            unit[:, k] = 1
-            yield self._layout.scatter(self._root(unit))
+        for here in _positions(self._layout, like, self._p):
+            for k in range(self._layout.width):
+                unit = torch.zeros_like(self._p)
+                unit[:, k] = 1
+                yield self._layout.scatter(self._root(unit) * here)
 
     def _root(self, e: Tensor) -> Tensor:
         half = self._p.sqrt()
