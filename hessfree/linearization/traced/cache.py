@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.traced.capture import first_line
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.signature import signature
 from hessfree.linearization.traced.trace import Trace
@@ -51,9 +52,9 @@ class TraceCache:
         """Return how many signatures are remembered."""
         return len(self._entries)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as an empty cache: a trace belongs to one process and one module object."""
-        return {**TraceCache(self.capacity).__dict__}
+        return TraceCache, (self.capacity,)
 
     def get(self, network: Network, parameters: ParameterVector) -> Trace:
         """Return the trace of `network`, made now unless one of the same signature is there.
@@ -96,6 +97,8 @@ class TraceCache:
             trace = Trace(network, parameters)
         except LinearizationError as error:
             trace = str(error)
+        except Exception as error:  # tracing is semi-private, and there is always another back end
+            trace = f"the network cannot be traced: {first_line(error)}"
         self._entries[key] = (weakref.ref(network.module), trace)
         self._entries.move_to_end(key)
         while len(self._entries) > self.capacity:

@@ -8,7 +8,6 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor, fx
 
-from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.nodes import mutates
 from hessfree.recording import RandomState, twice_differentiable
@@ -78,26 +77,16 @@ def capture(joint: Joint) -> fx.GraphModule:
 
     Returns:
         The graph, with the arguments of `joint` as placeholders.
-
-    Raises:
-        LinearizationError: Something in the network cannot be recorded, or torch cannot.
     """
-    try:
-        # semi-private: a torch without them, or with others, still has the autograd graph
-        from torch.func import functionalize
-        from torch.fx.experimental.proxy_tensor import make_fx
+    # semi-private, hence not imported before they are needed: whatever fails here, the autograd graph remains
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-        examples = joint.examples()
-        recorded = make_fx(joint)(*examples)
-        if any(mutates(node) for node in recorded.graph.nodes):
-            recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
-        return recorded
-    except LinearizationError:
-        raise
-    except (ImportError, AttributeError) as error:
-        raise LinearizationError(f"this version of torch (or the network) cannot be traced: {error}") from error
-    except Exception as error:
-        raise LinearizationError(f"the network cannot be traced: {first_line(error)}") from error
+    examples = joint.examples()
+    recorded = make_fx(joint)(*examples)
+    if any(mutates(node) for node in recorded.graph.nodes):
+        recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
+    return recorded
 
 
 def first_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def check(recorded: fx.GraphModule, network: Network) -> list[Constant]:
         if is_random(node) and backward:
             raise LinearizationError(f"{node.target} draws random numbers in the backward pass (a checkpoint?)")
         if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((node.args, node.kwargs))):
-            raise LinearizationError(f"{node.target} draws random numbers from a generator of the network's own")
+            raise LinearizationError(f"{node.target} uses a Generator of the network's own")
     return [found for node in graph.nodes if node.op == "get_attr" and (found := _constant(recorded, node, network))]
 
 
@@ -77,7 +77,7 @@ def _shape_depends_on_data(node: fx.Node) -> bool:
 def _constant(recorded: fx.GraphModule, node: fx.Node, network: Network) -> Constant | None:
     tensor = getattr(recorded, str(node.target))
     if not isinstance(tensor, Tensor):
-        raise LinearizationError(f"the network uses a {type(tensor).__name__} that is no tensor")
+        raise LinearizationError(f"the network uses a {type(tensor).__name__} of its own")
     if all(user.target is A.lift_fresh_copy.default for user in node.users):
         return None  # a literal, written out in the code of the network
     storage = tensor.untyped_storage()._cdata

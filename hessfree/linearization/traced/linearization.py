@@ -98,11 +98,11 @@ class TracedLinearization:
             The product.
         """
         with torch.no_grad(), without_autocast(self._device):
-            jvp, vjp = self._trace.jvp, self._trace.vjp
-            if not (jvp.replays and vjp.replays):
-                return vjp(jvp(v, self._forward).mul_(h), self._backward)
-            first = jvp.replay(v, self._forward)
-            second = vjp.replay(first.output, self._backward)
+            forward, backward = self._trace.jvp, self._trace.vjp
+            first = forward.replay(v, self._forward)
+            second = None if first is None else backward.replay(first.output, self._backward)
+            if first is None or second is None:
+                return backward(forward(v, self._forward).mul_(h), self._backward)
             first.input.copy_(v)
             first.run(*self._forward)
             torch.mul(first.output, h, out=second.input)

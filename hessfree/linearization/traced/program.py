@@ -39,18 +39,41 @@ class Program:
 
     def __call__(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
         """Apply the map to a flat vector; the result is the caller's own."""
-        if not self.replays:
-            return self._forward(tangent, *arguments)
         replay = self.replay(tangent, arguments)
+        if replay is None:
+            return self._forward(tangent, *arguments)
         replay.input.copy_(tangent)
         replay.run(*arguments)
         return replay.output.clone()
 
-    def replay(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Replay:
-        """Return the map in fixed buffers, compiled at its first use with these examples."""
-        if self._replay is None:
-            self._replay = Replay(self._part.graph, tangent, arguments)
+    def replay(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Replay | None:
+        """Return the map in fixed buffers, compiled and checked at its first use with these examples.
+
+        Args:
+            tangent: A flat vector.
+            arguments: The residuals that the map needs.
+
+        Returns:
+            The replay; None where the operators of the graph are to be called.
+        """
+        if self._replay is None and self.replays:
+            try:
+                self._replay = Replay(self._part.graph, tangent, arguments)
+                self.replays = self._agrees(self._replay, tangent, arguments)
+            except Exception:  # an operator without an `out` that was expected: the graph itself is as right
+                self.replays = False
+            if not self.replays:
+                self._replay = None
         return self._replay
+
+    def _agrees(self, replay: Replay, tangent: Tensor, arguments: tuple[Tensor, ...]) -> bool:
+        replay.input.copy_(tangent)
+        replay.run(*arguments)
+        truth = self._forward(tangent, *arguments)
+        if not bool(truth.isfinite().all()):
+            return True  # a network that diverged says nothing about the statements
+        precision = torch.finfo(truth.dtype).eps ** 0.75
+        return bool((replay.output - truth).norm() <= precision * truth.norm())
 
     def rows(self, tangents: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
         """Apply the map to each row of `tangents`, at once where every operator can be vectorised."""

@@ -40,7 +40,7 @@ def signature(network: Network, parameters: ParameterVector) -> tuple[Any, ...]:
 
 def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Return the identity, train flag and plain settings of one module (a rate, a flag that detaches)."""
-    return (id(module), *[item for item in module.__dict__.items() if _is_plain(item[1])])
+    return (id(module), type(module), *[item for item in module.__dict__.items() if _is_plain(item[1])])
 
 
 def _is_plain(value: Any) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
 from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import clean
 from hessfree.linearization.traced.cutting import Parts, cut
+from hessfree.linearization.traced.draws import lay_out_draws
 from hessfree.linearization.traced.factors import hoist_derivatives, regroup_products
 from hessfree.linearization.traced.fusing import fuse_additions
 from hessfree.linearization.traced.network import Network
@@ -21,6 +24,8 @@ from hessfree.linearization.traced.nodes import describe, is_random
 from hessfree.linearization.traced.program import Program
 from hessfree.recording import RandomState
 from hessfree.vectors import FlatSpace, ParameterVector
+
+READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
 class Trace:
@@ -101,19 +106,30 @@ class Trace:
 
 
 def _evaluate(network: Network, parameters: ParameterVector) -> list[Tensor]:
-    """Return z as the network itself gives it."""
-    leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters.params]
-    try:
-        with torch.enable_grad():
-            values = network.within(leaves, network.state, lambda: network.outputs(network.inputs))
-    except LinearizationError:
-        raise
-    except Exception as error:
-        raise LinearizationError(f"the network cannot be evaluated again: {first_line(error)}") from error
+    """Return z as the network itself gives it, and see that nothing but tensors decides on it."""
+    leaves = [p.detach().requires_grad_() for p in parameters.params]
+    before = RandomState.capture(parameters.device)
+    with torch.enable_grad(), _NothingReadOut():
+        values = network.within(leaves, network.state, lambda: network.outputs(network.inputs))
+    after = RandomState.capture(parameters.device)
+    if before.python != after.python or str(before.numpy) != str(after.numpy):
+        raise LinearizationError("the network draws random numbers from Python's or numpy's generator")
     return [t.detach() for t in values]
 
 
+class _NothingReadOut(TorchFunctionMode):
+    """Refuses what carries numbers from tensors to Python unseen: they would stay as they are today."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in READS:
+            raise LinearizationError(f"the network reads numbers out of its tensors ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 def _cleaned(graph: fx.Graph, state: range) -> Parts:
+    lay_out_draws(graph)
     describe(graph)
     tangents = [n for n in graph.nodes if n.op == "placeholder"][-2:]
     clean(graph)
