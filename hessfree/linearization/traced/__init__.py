@@ -2,5 +2,6 @@
 
 from hessfree.linearization.traced.cache import TraceCache
 from hessfree.linearization.traced.linearization import TracedLinearization
+from hessfree.linearization.traced.stacking import StackedLinearization, linearize_calls
 
-__all__ = ["TraceCache", "TracedLinearization"]
+__all__ = ["StackedLinearization", "TraceCache", "TracedLinearization", "linearize_calls"]

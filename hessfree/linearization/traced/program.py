@@ -12,9 +12,9 @@ from hessfree.linearization.traced.cutting import LinearPart
 from hessfree.linearization.traced.nodes import A, is_view, shape
 from hessfree.linearization.traced.replay import Replay
 
-# below this many bytes of intermediate results a product is bound by Python and by allocation, not by kernels;
-# measured, and a fact about the graph, so that every process and every resumed run chooses alike
-LARGEST_REPLAY = 2**26
+# bytes of intermediate results up to which a map keeps its buffers (a quarter of them or less, since buffers are used
+# again): a fact about the graph and no clock, so that every process and every resumed run chooses alike
+LARGEST_REPLAY = 2**27
 
 
 class Program:

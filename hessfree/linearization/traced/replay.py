@@ -135,11 +135,12 @@ class _Writer:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.fixed.__getitem__)
             self.fixed[node] = node.target(*args, **kwargs)  # a view, made once
         elif memory.owner is node and node.target in INTO:
-            self.fixed[node] = self._buffer(node, index)
+            if not self._overwrite(node, index):
+                self.fixed[node] = self._buffer(node)
             out = f", out={self._text(node)}"
             self._lines.append(f"{self._constant(INTO[node.target])}({self._arguments(node)}{out})")
         elif memory.owner is node and node.target in COPIES:
-            self.fixed[node] = buffer = self._buffer(node, index)
+            self.fixed[node] = buffer = self._buffer(node)
             source = first(node)
             shaped = buffer.view(self.values[source].shape) if node.target in RESHAPES else buffer
             self._lines.append(f"{self._constant(shaped)}.copy_({self._text(source)})")
@@ -159,29 +160,39 @@ class _Writer:
         exec("\n    ".join([self._header, *self._lines, "return"]), self._namespace)
         return self._namespace["run"]
 
-    def _buffer(self, node: fx.Node, index: int) -> Tensor:
-        """Return where `node` writes: its part of the result, an argument not needed again, or free memory."""
+    def _overwrite(self, node: fx.Node, index: int) -> bool:
+        """Let `node` write over an argument that is not needed again, if there is one."""
+        if node in self._places:
+            return False
+        value, memory = self.values[node], self.memory[node]
+        for argument in node.args[: OVERWRITES.get(node.target, 0)]:
+            if not isinstance(argument, fx.Node) or not _same_layout(self.values[argument], value):
+                continue
+            old = self.memory[argument]
+            # another view of the same memory among the arguments would be read after it was overwritten
+            read_later = old.last != index or any(
+                self.memory[a] is old and a is not argument for a in node.all_input_nodes
+            )
+            if read_later or (old.flat is None and not old.names):
+                continue
+            if argument in self.fixed:
+                self.fixed[node] = self.fixed[argument]
+            else:
+                self._names[node] = self._names[argument]
+            memory.flat, memory.names, old.flat, old.names = old.flat, old.names, None, []
+            return True
+        return False
+
+    def _buffer(self, node: fx.Node) -> Tensor:
+        """Return where `node` writes: its part of the result, or free memory."""
         if node in self._places:
             return self._places[node]
         value, memory = self.values[node], self.memory[node]
-        if torch.empty_like(value).stride() != value.stride():  # not dense: memory that nothing else can use
+        if not _dense(value):  # memory that nothing else can use
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        for argument in node.args[: OVERWRITES.get(node.target, 0)]:
-            if isinstance(argument, fx.Node) and self._may_overwrite(argument, node, index):
-                memory.flat, self.memory[argument].flat = self.memory[argument].flat, None
-                return self.fixed[argument]
         free = self._free.get((value.dtype, value.numel()))
         memory.flat = free.pop() if free else torch.empty(value.numel(), dtype=value.dtype, device=value.device)
         return memory.flat.as_strided(value.shape, value.stride())
-
-    def _may_overwrite(self, argument: fx.Node, node: fx.Node, index: int) -> bool:
-        memory, value = self.memory[argument], self.values[node]
-        if memory.last != index or memory.flat is None or memory.flat.numel() != value.numel():
-            return False
-        found = self.fixed[argument]
-        same_place = (found.shape, found.stride(), found.dtype) == (value.shape, value.stride(), value.dtype)
-        # another view of the same memory among the arguments would be read after it was overwritten
-        return same_place and all(a is argument or self.memory[a] is not memory for a in node.all_input_nodes)
 
     def _release(self, memory: _Memory) -> None:
         if memory.flat is not None:
@@ -208,6 +219,15 @@ class _Writer:
 
 def _storages(value: Any) -> set[int]:
     return {t.untyped_storage()._cdata for t in tree_leaves(value) if isinstance(t, Tensor)}
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Tell whether no two entries share memory and there is none between them."""
+    return torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) and _dense(a)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,6 +17,7 @@ from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import clean
 from hessfree.linearization.traced.cutting import Parts, cut
 from hessfree.linearization.traced.draws import lay_out_draws
+from hessfree.linearization.traced.exponentials import speed_up_elu
 from hessfree.linearization.traced.factors import hoist_derivatives, regroup_products
 from hessfree.linearization.traced.fusing import fuse_additions
 from hessfree.linearization.traced.network import Network
@@ -136,6 +137,7 @@ def _cleaned(graph: fx.Graph, state: range) -> Parts:
     hoist_derivatives(graph, tangents)
     regroup_products(graph, tangents)
     fuse_additions(graph, tangents)
+    speed_up_elu(graph)
     graph.lint()
     return cut(graph, state)
 
