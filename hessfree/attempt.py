@@ -195,7 +195,7 @@ class Attempt:
         )
         if settings.preconditions:
             if curvature.sample is not None and settings.preconditioner.due(learned, self._number):
-                learned, warning = settings.preconditioner.update(learned, curvature.sample, self._number)
+                learned, warning = settings.preconditioner.update(learned, curvature.sample(), self._number)
                 if warning is not None:
                     self._warn(warning)
             self._facts["preconditioner"] = settings.preconditioner.describe(learned)

@@ -8,14 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfree.curvature_batch import Network, evaluate_network
-from hessfree.linearization import build
+from hessfree.curvature_batch import Evaluation, leading_rows
+from hessfree.linearization import (
+    TRACING,
+    GraphLinearization,
+    Linearization,
+    LinearizationError,
+    TraceCache,
+    TracedLinearization,
+    build,
+    find_fault,
+)
 from hessfree.losses import OutputHessian
 from hessfree.operators import GaussNewton, Hessian, LinearOperator
 from hessfree.preconditioners import Sample
 from hessfree.recording import (
     Cut,
     CutPlace,
+    Output,
     Owners,
     Path,
     Recording,
@@ -35,14 +45,15 @@ class Curvature:
         backend: Which linearisation makes the products.
         cut: In words, where the network ends.
         samples: Samples in the curvature batch.
-        sample: What a preconditioner may look at; None where there are no outputs z.
+        sample: Makes what a preconditioner may look at, for which the network may have to be evaluated once more;
+            None where there are no outputs z.
     """
 
     operator: LinearOperator
     backend: str
     cut: str
     samples: int
-    sample: Sample | None
+    sample: Callable[[], Sample] | None
 
 
 class CurvatureBuilder:
@@ -73,6 +84,7 @@ class CurvatureBuilder:
         self._backend = backend
         self._curvature_batch = curvature_batch
         self._taps = taps
+        self._traces = TraceCache()
         self._signature: Any = None
         self._place: CutPlace | None = None
 
@@ -109,28 +121,42 @@ class CurvatureBuilder:
         cut = self._cut(recording, parameters, warn)
         if not cut.outputs:
             return Curvature(Hessian(cut.tail, parameters), "graph", cut.place.words, 0, None)
-        network = evaluate_network(
-            recording, cut, self._curvature_batch, parameters, self._owners, self.keeps_inputs, warn
-        )
-        linearization = build(self._backend, network.outputs, network.sources, parameters, warn)
-        hessian = _output_hessian(cut, network)
+        rows = leading_rows(recording, cut, self._curvature_batch, warn)
+        evaluation, linearization = self._evaluate(recording, cut, rows, parameters, warn)
+        hessian = _output_hessian(cut, rows if evaluation.rows is not None else None)
         operator = GaussNewton(linearization, hessian, parameters, cut.tail if cut.tail.has_direct else None)
-        gradients: tuple[Tensor | None, ...] = tuple(
-            g if g is None or network.leading is None else g[: network.leading] * (g.shape[0] / network.leading)
-            for g in cut.tail.gradients
-        )
-        sample = Sample(
-            parameters,
-            network.outputs,
-            network.calls,
-            hessian,
-            gradients,
-            max(network.samples, 1),
-            seed,
-            scale,
-            shifts,
-        )
-        return Curvature(operator, linearization.name, cut.place.words, network.samples, sample)
+
+        def sample() -> Sample:
+            network = evaluation.network
+            assert network is not None
+            return Sample(
+                parameters,
+                network.outputs,
+                network.calls,
+                hessian,
+                _gradients(cut, evaluation.rows),
+                max(evaluation.samples, 1),
+                seed,
+                scale,
+                shifts,
+            )
+
+        return Curvature(operator, linearization.name, cut.place.words, evaluation.samples, sample)
+
+    def _evaluate(
+        self, recording: Recording, cut: Cut, rows: int | None, parameters: ParameterVector, warn: Callable[[str], None]
+    ) -> tuple[Evaluation, Linearization]:
+        """Linearise on a part of the batch, or on all of it where the part meets another network."""
+        while True:
+            evaluation = Evaluation(recording, cut, rows, parameters, self._owners, self.keeps_inputs)
+            found = linearize_evaluation(self._backend, evaluation, cut.outputs, parameters, self._traces, warn)
+            if found is not None:
+                return evaluation, found
+            warn(
+                f"curvature_batch={self._curvature_batch!r} cannot be used, and the whole batch is: the network gives "
+                "other outputs on a part of the batch (dropout, or BatchNorm in train mode)"
+            )
+            rows = None
 
     def _cut(self, recording: Recording, parameters: ParameterVector, warn: Callable[[str], None]) -> Cut:
         signature = recording.signature()
@@ -153,8 +179,64 @@ class CurvatureBuilder:
         return make_cut(recording, parameters, self._place)
 
 
-def _output_hessian(cut: Cut, network: Network) -> OutputHessian:
+def linearize_evaluation(
+    backend: str,
+    evaluation: Evaluation,
+    outputs: Sequence[Output],
+    parameters: ParameterVector,
+    traces: TraceCache,
+    warn: Callable[[str], None],
+) -> Linearization | None:
+    """Linearise with the back end asked for, or the next that serves the network and passes its test.
+
+    Args:
+        backend: Name of the back end.
+        evaluation: The network and its samples.
+        outputs: The recorded z.
+        parameters: The parameters.
+        traces: Where traces are kept.
+        warn: Told where a back end that was asked for, or that gave wrong numbers, is replaced.
+
+    Returns:
+        The linearisation; None where a part of the batch meets another network.
+    """
+    if backend in TRACING and evaluation.root is not None and all(o.intact for o in outputs):
+        try:
+            with evaluation.world():
+                traced = TracedLinearization(evaluation.root, outputs, parameters, traces, evaluation.arguments)
+        except LinearizationError as error:
+            if backend == "traced":
+                warn(f"linearization='traced' cannot be used: {error}; the autograd graph is used instead")
+        else:
+            agrees = evaluation.agrees(traced.space.views(traced.outputs))
+            if agrees and traced.trusted:
+                return traced
+            network = evaluation.network
+            if network is None:
+                return None
+            fault: str | None = "its outputs differ from the network's"
+            if agrees:
+                fault = find_fault(traced, GraphLinearization(network.outputs, parameters), parameters)
+            if fault is None:
+                traced.accept()
+                return traced
+            traced.reject(fault)
+            warn(f"the trace of {type(evaluation.root.module).__name__} is not used: {fault}; the autograd graph is")
+    network = evaluation.network
+    if network is None:
+        return None
+    return build(backend, network.outputs, network.sources, parameters, warn)
+
+
+def _gradients(cut: Cut, rows: int | None) -> tuple[Tensor | None, ...]:
+    """Return d ell/dz of the evaluated samples, scaled to a mean over them."""
+    if rows is None:
+        return tuple(cut.tail.gradients)
+    return tuple(None if g is None else g[:rows] * (g.shape[0] / rows) for g in cut.tail.gradients)
+
+
+def _output_hessian(cut: Cut, rows: int | None) -> OutputHessian:
     shapes, dtypes = [o.shape for o in cut.outputs], [o.dtype for o in cut.outputs]
     space = FlatSpace(shapes, dtypes, cut.outputs[0].device)
     hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
-    return hessian if network.leading is None else hessian.leading(network.leading)
+    return hessian if rows is None else hessian.leading(rows)

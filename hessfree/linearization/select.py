@@ -15,7 +15,8 @@ from hessfree.linearization.selftest import find_fault
 from hessfree.recording import Call, CallTree, Output, Owners, twice_differentiable
 from hessfree.vectors import ParameterVector
 
-BACKENDS = ("auto", "graph", "functional")
+BACKENDS = ("auto", "traced", "graph", "functional")
+TRACING = ("auto", "traced")  # those that trace where a recorded call can be evaluated again
 
 
 def check_backend(backend: str) -> None:

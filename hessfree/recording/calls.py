@@ -38,6 +38,7 @@ class Output:
         value: The tensor, detached; it shares memory with what the closure went on to use. None where
             keeping it would keep memory alive that nothing else needs.
         leaf: Its place among the leaves of what was returned, differentiable or not.
+        version: How often it had been written into.
     """
 
     edge: GradientEdge
@@ -46,6 +47,12 @@ class Output:
     device: torch.device
     value: Tensor | None
     leaf: int = 0
+    version: int = 0
+
+    @property
+    def intact(self) -> bool:
+        """Whether the value is known, and is still what the call returned: nobody wrote into it in place."""
+        return self.value is not None and self.value._version == self.version
 
     @classmethod
     def all_of(cls, returned: Any, keep_value: bool = True) -> tuple[Output, ...]:
@@ -61,7 +68,7 @@ class Output:
             flat real vectors do not describe.
         """
         return tuple(
-            cls(get_gradient_edge(t), t.shape, t.dtype, t.device, t.detach() if keep_value else None, i)
+            cls(get_gradient_edge(t), t.shape, t.dtype, t.device, t.detach() if keep_value else None, i, t._version)
             for i, t in enumerate(tree_leaves(returned))
             if isinstance(t, Tensor)
             and t.grad_fn is not None
