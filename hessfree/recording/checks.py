@@ -89,3 +89,29 @@ def check_differentiable_again(loss: Tensor) -> None:
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which can be differentiated by "
                 "backward() only, and HessianFree needs products with the Jacobian; pass use_reentrant=False"
             )
+
+
+def gradient_versions(params: Sequence[Tensor]) -> list[tuple[Tensor | None, int]]:
+    """Return each parameter's gradient, and how often it has been written into."""
+    return [(p.grad, 0 if p.grad is None else p.grad._version) for p in params]
+
+
+def check_gradients_untouched(params: Sequence[Tensor], before: Sequence[tuple[Tensor | None, int]]) -> None:
+    """Refuse gradients that came from elsewhere than an intercepted backward call.
+
+    Args:
+        params: The parameters.
+        before: What `gradient_versions` said before the closure ran.
+
+    Raises:
+        RuntimeError: The closure filled a gradient in another way. (Older releases of torch do not let
+            torch.autograd.backward be intercepted.)
+    """
+    for p, (grad, version) in zip(params, before, strict=True):
+        if p.grad is None or (p.grad is grad and p.grad._version == version):
+            continue
+        if bool(p.grad.any()):  # zeroed in place is as good as cleared
+            raise RuntimeError(
+                "the closure filled p.grad without loss.backward(): it called torch.autograd.backward, or assigned "
+                "gradients itself, which HessianFree cannot follow; call loss.backward() instead"
+            )

@@ -16,7 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hessfree.recording.calls import CallTree, twice_differentiable
-from hessfree.recording.checks import check_returned, check_unscaled
+from hessfree.recording.checks import (
+    check_gradients_untouched,
+    check_returned,
+    check_unscaled,
+    gradient_versions,
+)
 from hessfree.recording.random_state import GeneratorStates, RandomState
 from hessfree.recording.trace import Trace, collect_marks
 from hessfree.recording.world import World
@@ -147,12 +152,14 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
     gradients = _Gradients(parameters, tree)
     mode = _Interceptor(gradients.on_backward)
     before = World(RandomState.capture(parameters.device), mode.generators, tree.buffers)
+    seen = gradient_versions(parameters.params)
     try:
         with torch.enable_grad(), twice_differentiable():
             with collect_marks() as marks, mode, tree:
                 returned = closure()
             check_returned(returned, bool(gradients.losses), mode.differentiated)
             if not gradients.losses:
+                check_gradients_untouched(parameters.params, seen)
                 if stale:
                     for p in parameters.params:
                         p.grad = None

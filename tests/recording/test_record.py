@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import hessfree
 from hessfree.recording import CallTree, Owners, Recording, mark_outputs, record
 from hessfree.vectors import ParameterVector
 from tests.architectures import mlp, randn
@@ -331,3 +332,21 @@ def test_nested_recordings_keep_their_marks_apart() -> None:
         return net(randn(4, 2)).square().mean()
 
     assert record(outer, parameters, tree()).marks == []
+
+
+def test_gradients_assigned_by_hand_are_refused() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = hessfree.HessianFree(model.parameters())
+
+    def closure() -> torch.Tensor:
+        loss = model(torch.ones(4, 3)).square().mean()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"without loss.backward\(\)"):
+        optimizer.step(closure)
+    optimizer.zero_grad(set_to_none=False)  # zeros are no gradients
+    optimizer.step(lambda: model(torch.ones(4, 3)).square().mean())
+    assert optimizer.last_step.accepted
