@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.linearization.traced.nodes import A, dependents, first, is_view, like
+from hessfree.linearization.traced.nodes import A, dependents, dtype, is_view, like, remove_dead, shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +39,33 @@ class Parts:
     primal: fx.Graph
     jvp: LinearPart
     vjp: LinearPart
+
+
+def separate(graph: fx.Graph) -> None:
+    """Make J v independent of u also where an operator hides it.
+
+    J v is the derivative of a linear map of u, and may use what an operator computed on the side while it was
+    given u (the factors of a matrix, of `linalg.solve`): such operators are called once more, with u = 0.
+
+    Args:
+        graph: A described joint graph.
+    """
+    u = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    *others, jv, jtu = tree_leaves(output.args[0])
+    hidden = dependents(graph, [u]) & _ancestors(jv)
+    if not hidden:
+        return
+    options = {"dtype": dtype(u), "device": u.meta["device"]}
+    with graph.inserting_after(u):
+        zeros = like(graph.call_function(A.zeros.default, (list(shape(u) or ()),), options), u)
+    copies = {u: zeros}
+    for node in list(graph.nodes):
+        if node in hidden and node is not u:
+            with graph.inserting_before(node):
+                copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+    output.args = ((*others, copies.get(jv, jv), jtu),)
+    remove_dead(graph)
 
 
 def cut(graph: fx.Graph, state: range) -> Parts:
@@ -104,8 +131,8 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 def _kept(primal: fx.Graph, node: fx.Node, copy: fx.Node, changing: set[fx.Node]) -> fx.Node:
     base = node
-    while is_view(base) or base.target in {A.reshape.default, operator.getitem}:
-        base = first(base)
+    while (is_view(base) or base.target in {A.reshape.default, operator.getitem}) and base.all_input_nodes:
+        base = base.all_input_nodes[0]
     if base not in changing:
         return copy
     return like(primal.call_function(A.clone.default, (copy,)), node)

@@ -30,8 +30,9 @@ class Program:
         self._forward = fx.GraphModule(nn.Module(), part.graph).forward
         self._replay: Replay | None = None
         self.replays = _bytes(part.graph) <= LARGEST_REPLAY
-        # no batching rule, or one that takes each row for a storage of its own
-        self._vectorises = not any(n.target in STRIDED or n.target is A.copy.default for n in part.graph.nodes)
+        # None until it was tried; as_strided takes each row for a storage of its own, and copy has no batching rule
+        strided = any(n.target in STRIDED or n.target is A.copy.default for n in part.graph.nodes)
+        self._vectorises: bool | None = False if strided else None
 
     def arguments(self, residuals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return those of all `residuals` that this map needs."""
@@ -69,20 +70,28 @@ class Program:
     def _agrees(self, replay: Replay, tangent: Tensor, arguments: tuple[Tensor, ...]) -> bool:
         replay.input.copy_(tangent)
         replay.run(*arguments)
-        truth = self._forward(tangent, *arguments)
-        if not bool(truth.isfinite().all()):
-            return True  # a network that diverged says nothing about the statements
-        precision = torch.finfo(truth.dtype).eps ** 0.75
-        return bool((replay.output - truth).norm() <= precision * truth.norm())
+        return _close(replay.output, self._forward(tangent, *arguments))
 
     def rows(self, tangents: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
-        """Apply the map to each row of `tangents`, at once where every operator can be vectorised."""
-        if self._vectorises:
+        """Apply the map to each row of `tangents` `[K, ...]`, at once where that gives the same."""
+        if self._vectorises is not False:
             try:
-                return torch.func.vmap(lambda t: self._forward(t, *arguments))(tangents)
+                found = torch.func.vmap(lambda t: self._forward(t, *arguments))(tangents)
             except (RuntimeError, NotImplementedError, ValueError):
                 self._vectorises = False
+            else:
+                # torch has batching rules that are wrong (_cdist_backward): compare the last row once
+                if self._vectorises is None:
+                    self._vectorises = _close(found[-1], self._forward(tangents[-1], *arguments))
+                if self._vectorises:
+                    return found
         return torch.stack([self(t, arguments) for t in tangents])
+
+
+def _close(found: Tensor, truth: Tensor) -> bool:
+    if not bool(truth.isfinite().all()):
+        return True  # a network that diverged tells nothing
+    return bool((found - truth).norm() <= torch.finfo(truth.dtype).eps ** 0.75 * truth.norm())
 
 
 def _bytes(graph: fx.Graph) -> int:

@@ -15,7 +15,7 @@ from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
 from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import clean
-from hessfree.linearization.traced.cutting import Parts, cut
+from hessfree.linearization.traced.cutting import Parts, cut, separate
 from hessfree.linearization.traced.draws import lay_out_draws
 from hessfree.linearization.traced.exponentials import speed_up_elu
 from hessfree.linearization.traced.factors import hoist_derivatives, regroup_products
@@ -132,6 +132,7 @@ class _NothingReadOut(TorchFunctionMode):
 def _cleaned(graph: fx.Graph, state: range) -> Parts:
     lay_out_draws(graph)
     describe(graph)
+    separate(graph)
     tangents = [n for n in graph.nodes if n.op == "placeholder"][-2:]
     clean(graph)
     hoist_derivatives(graph, tangents)
