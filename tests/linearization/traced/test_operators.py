@@ -15,6 +15,7 @@ from hessfree.linearization.traced import TraceCache
 from tests.architectures import DOUBLE, randn
 from tests.linearization.traced.recorder import both, both_of, disagreement, parameters_of, record_call
 
+
 class Through(nn.Module):
     """A linear layer whose output goes through a function."""
 
