@@ -265,8 +265,9 @@ class Attempt:
         if not same:
             self._warn(
                 f"the closure gave a loss of {self._loss:.6g}, and {again:.6g} when it was called again with the same "
-                "parameters and random state: it draws data, or from a numpy Generator. Draw the batch before the "
-                "closure. As it is, the damping stays fixed and only steps that are not finite are rejected"
+                "parameters and random state: it draws data, or from a numpy Generator, or carries a state from call "
+                "to call. Draw the batch before the closure. As it is, the damping stays fixed and only steps that are "
+                "not finite are rejected"
             )
         return same
 

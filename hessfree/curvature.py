@@ -86,6 +86,7 @@ class CurvatureBuilder:
         self._taps = taps
         self._traces = TraceCache()
         self._signature: Any = None
+        self._reach: Any = None
         self._place: CutPlace | None = None
 
     def keeps_inputs(self, module: nn.Module) -> bool:
@@ -160,23 +161,27 @@ class CurvatureBuilder:
 
     def _cut(self, recording: Recording, parameters: ParameterVector, warn: Callable[[str], None]) -> Cut:
         signature = recording.signature()
-        if self._place is None or signature != self._signature:
-            place = find_cut(recording, parameters, self._model)
+        if self._place is not None and signature == self._signature:
+            cut = make_cut(recording, parameters, self._place)
+            # the same calls may feed another loss: another head, a penalty that is new
+            if cut.tail.reach == self._reach:
+                return cut
+        place = find_cut(recording, parameters, self._model)
+        cut = make_cut(recording, parameters, place)
+        if not explains_gradient(cut, recording, parameters):
+            place = CutPlace(
+                (),
+                "none: exact Hessian",
+                "the outputs of the modules do not explain the gradient of the loss (a custom autograd function "
+                "whose backward is not its derivative?); HessianFree uses the exact Hessian of the loss",
+            )
             cut = make_cut(recording, parameters, place)
-            if not explains_gradient(cut, recording, parameters):
-                place = CutPlace(
-                    (),
-                    "none: exact Hessian",
-                    "the outputs of the modules do not explain the gradient of the loss (a custom autograd function "
-                    "whose backward is not its derivative?); HessianFree uses the exact Hessian of the loss",
-                )
-                cut = make_cut(recording, parameters, place)
-            if place.warning is not None:
-                warn(place.warning)
-            # that the loss has no curvature here may be a matter of its values (Huber, all in the linear zone)
-            self._place, self._signature = (place if place.places else None), signature
-            return cut
-        return make_cut(recording, parameters, self._place)
+        if place.warning is not None:
+            warn(place.warning)
+        # that the loss has no curvature here may be a matter of its values (Huber, all in the linear zone)
+        self._place = place if place.places else None
+        self._signature, self._reach = signature, cut.tail.reach
+        return cut
 
 
 def linearize_evaluation(

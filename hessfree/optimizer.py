@@ -171,7 +171,7 @@ class HessianFree(Optimizer):
                 numbers; `backward` then does nothing.
 
         Returns:
-            What the closure returned. `last_step` says what happened.
+            What the closure returned, without its graph. `last_step` says what happened.
 
         Raises:
             RuntimeError: No closure was given, or its loss cannot be followed.
@@ -213,7 +213,7 @@ class HessianFree(Optimizer):
             outcome.report, next_damping=float(self.param_groups[0]["damping"]), seconds_gradient=seconds
         )
         self._counter.reset()
-        return recording.returned
+        return recording.returned.detach()  # its graph, which was kept for the products, is done with
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; tensors move to the parameters' device and keep their dtype.
@@ -222,9 +222,8 @@ class HessianFree(Optimizer):
             state_dict: From an optimizer of the same parameters.
         """
         super().load_state_dict(state_dict)
-        state = cast(dict[str, Any], self.state)
+        state, device = cast(dict[str, Any], self.state), self._trainable().device
         if MEMORY in state:
-            device = self._trainable().device
             state[MEMORY] = tree_map_only(Tensor, lambda t: t.to(device), state[MEMORY])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,6 +235,7 @@ class HessianFree(Optimizer):
         """Restore what `__getstate__`, or `load_state_dict`, gives."""
         super().__setstate__(state)
         self._prepare()
+        self._trainable()  # micro-batches count from now on
 
     @property
     def _memory(self) -> Memory:
@@ -260,7 +260,7 @@ class HessianFree(Optimizer):
         """Return the parameters that require grad now; what was learned of another set of them is dropped."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         known = self._parameters
-        if known is not None and list(map(id, params)) == list(map(id, known.params)):
+        if known is not None and known.describes(params):
             return known
         if known is not None:
             self._memory = dataclasses.replace(self._memory, previous_step=None, preconditioner={})

@@ -103,6 +103,13 @@ class ParameterVector(FlatSpace):
         ends = list(itertools.accumulate(self.numels))
         self._slices = [slice(end - n, end) for end, n in zip(ends, self.numels, strict=True)]
 
+    def describes(self, params: Sequence[Tensor]) -> bool:
+        """Tell whether these are the parameters, and still of the dtypes, shapes and device they had."""
+        kinds = zip(params, self.params, self.dtypes, self.shapes, strict=False)
+        return len(params) == len(self.params) and all(
+            p is q and p.dtype == dtype and p.shape == shape and p.device == self.device for p, q, dtype, shape in kinds
+        )
+
     def __contains__(self, tensor: object) -> bool:
         """Tell whether `tensor` is one of the parameters (by identity)."""
         return id(tensor) in self._indices
@@ -131,6 +138,7 @@ class ParameterVector(FlatSpace):
         """Write back what `backup` returned, unseen by autograd's version counters."""
         for p, b in zip(self.params, backup, strict=True):
             p.data.copy_(b)
+        torch.clear_autocast_cache()  # around the whole step, autocast would go on using its copies of the old values
 
     def try_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
         """Write `backup + step` into the parameters, unseen by autograd's version counters.
@@ -144,6 +152,7 @@ class ParameterVector(FlatSpace):
         """
         for p, b, s in zip(self.params, backup, self.views(step), strict=True):
             p.data.copy_(b + s)  # rounded once, to the parameter's dtype
+        torch.clear_autocast_cache()
 
     def take_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
         """Write `backup + step` into the parameters for good, as any optimizer does.
@@ -155,6 +164,7 @@ class ParameterVector(FlatSpace):
         with torch.no_grad():
             for p, b, s in zip(self.params, backup, self.views(step), strict=True):
                 p.copy_(b + s)
+        torch.clear_autocast_cache()
 
     def uniform_or_vector(self, values: Sequence[float]) -> float | Tensor:
         """Turn one number a parameter into the number all share, or else a `[P]` vector.

@@ -23,6 +23,7 @@ from hessfree.recording.checks import (
     gradient_versions,
 )
 from hessfree.recording.random_state import GeneratorStates, RandomState
+from hessfree.recording.tail import leaves_of
 from hessfree.recording.trace import Trace, collect_marks
 from hessfree.recording.world import World
 from hessfree.vectors import ParameterVector
@@ -187,7 +188,7 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
     """Run `closure` again in the world of `recording`, without backward.
 
     Random numbers and buffers start as they did; afterwards they stand where the recording left them, and
-    `p.grad` where it stood before the replay.
+    every `p.grad` where it stood before the replay.
 
     Args:
         closure: The closure of the recording.
@@ -201,9 +202,12 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
         RuntimeError: The closure raised it, and did so again when it was given a graph.
     """
     stash = [p.grad for p in parameters.params]
+    others = [(p, p.grad) for p in leaves_of(recording.loss) if p not in parameters]
     # a graph that saved a buffer must stay legal, whatever the forward pass does to it
     with recording.before.buffers.versions_kept(), twice_differentiable():
         try:
+            for p, g in others:  # another optimizer's: the closure may clear or clip them, but only a copy
+                p.grad = None if g is None else g.clone()
             try:
                 losses = _rerun(closure, recording, parameters, stash)
             except RuntimeError:
@@ -213,7 +217,7 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
                 recording.differentiated = True
                 losses = _rerun(closure, recording, parameters, stash)
         finally:
-            for p, g in zip(parameters.params, stash, strict=True):
+            for p, g in (*zip(parameters.params, stash, strict=True), *others):
                 p.grad = g
             recording.after.restore()
     return float(torch.stack(losses).sum())

@@ -47,6 +47,11 @@ class Tail:
         self._coupled: bool | None = None
 
     @property
+    def reach(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of the outputs, and of the parameters, that the loss uses without passing through an output."""
+        return tuple(self._used), tuple(self._direct)
+
+    @property
     def has_direct(self) -> bool:
         """Whether ell uses some parameter directly (a weight penalty, a bare Parameter)."""
         return any(t is not None for t in self.direct)
@@ -126,6 +131,12 @@ def walk(edge: GradientEdge, stops: Mapping[Node, set[int]]) -> Iterator[tuple[N
         if number not in stops.get(node, ()) and node not in entered:
             entered.add(node)
             stack.extend((n, i) for n, i in node.next_functions if n is not None)
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Return every leaf tensor whose gradient a backward pass from `loss` fills."""
+    nodes: list[Any] = [node for node, _ in walk(get_gradient_edge(loss), {})]
+    return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
 
 
 def _stops(outputs: Sequence[Output]) -> dict[Node, set[int]]:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.linearization.traced.nodes import A, dependents, dtype, is_view, like, remove_dead, shape
+from hessfree.linearization.traced.nodes import A, dependents, dtype, is_random, is_view, like, remove_dead, shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,9 +96,8 @@ def cut(graph: fx.Graph, state: range) -> Parts:
     varying = dependents(graph, [v, u])
     primal = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node not in varying and node.op != "output":
-            copies[node] = primal.node_copy(node, copies.__getitem__)
+    for node in _in_order([n for n in graph.nodes if n not in varying and n.op != "output"], z):
+        copies[node] = primal.node_copy(node, copies.__getitem__)
     changing = {placeholders[i] for i in state}
     residuals = tuple(_kept(primal, n, copies[n], changing) for n in kept)
     primal.output((tuple(copies[n] for n in z), residuals))
@@ -127,6 +126,30 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
         found.update(waiting)
         waiting = [a for n in waiting for a in n.all_input_nodes if a not in found]
     return found
+
+
+def _in_order(nodes: Sequence[fx.Node], z: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return `nodes` such that what z does not need comes as soon as it can: a derivative frees what it is made of."""
+    needed = set().union(*map(_ancestors, z))
+    missing = {n: {a for a in n.all_input_nodes if a is not n} for n in nodes}
+    ordered: list[fx.Node] = []
+
+    def emit(node: fx.Node) -> None:
+        waiting = [node]
+        while waiting:
+            done = waiting.pop()
+            ordered.append(done)
+            for user in done.users:
+                if user in missing and done in missing[user]:
+                    missing[user].discard(done)
+                    if not missing[user] and user not in needed and not is_random(user):
+                        waiting.append(user)
+
+    for node in nodes:
+        early = node not in needed and node.all_input_nodes and not is_random(node)
+        if not early:  # in the order in which it was recorded, and with it all that can follow at once
+            emit(node)
+    return ordered
 
 
 def _kept(primal: fx.Graph, node: fx.Node, copy: fx.Node, changing: set[fx.Node]) -> fx.Node:

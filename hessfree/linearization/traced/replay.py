@@ -10,26 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from hessfree.linearization.traced.bindings import INTO
 from hessfree.linearization.traced.nodes import RESHAPES, A, first
 
-# operators with a kernel that writes straight into `out`, by the function that calls it with least overhead
-INTO: dict[Any, Callable[..., Tensor]] = {
-    A.mm.default: torch.mm,
-    A.addmm.default: torch.addmm,
-    A.bmm.default: torch.bmm,
-    A.baddbmm.default: torch.baddbmm,
-    A.mul.Tensor: torch.mul,
-    A.mul.Scalar: torch.mul,
-    A.add.Tensor: torch.add,
-    A.add.Scalar: torch.add,
-    A.sub.Tensor: torch.sub,
-    A.sub.Scalar: torch.sub,
-    A.div.Tensor: torch.div,
-    A.div.Scalar: torch.div,
-    A.neg.default: torch.neg,
-    A.sum.dim_IntList: torch.sum,
-    A.mean.dim: torch.mean,
-}
 # how many of their first arguments these may write over: of a b + c only c, of a pointwise operation any
 OVERWRITES: dict[Any, int] = {A.mul.Tensor: 2, A.add.Tensor: 2, A.sub.Tensor: 2, A.div.Tensor: 2}
 OVERWRITES |= dict.fromkeys([A.mul.Scalar, A.add.Scalar, A.sub.Scalar, A.div.Scalar, A.neg.default], 1)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from hessfree.linearization.base import LinearizationError
+from hessfree.linearization.traced.bindings import bind_directly
 from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
 from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import clean
@@ -62,6 +63,7 @@ class Trace:
         count = len(parameters.params)
         parts = _cleaned(recorded.graph, range(count, count + len(network.state)))
         self.random = any(is_random(n) for n in parts.primal.nodes)
+        bind_directly(parts.primal)
         self._primal = fx.GraphModule(recorded, parts.primal).forward
         self.jvp, self.vjp = Program(parts.jvp), Program(parts.vjp)
         traced, _ = self.evaluate(network, parameters)

@@ -89,7 +89,7 @@ REFUSED = {
     uses_a_global: "neither parameter, buffer, input nor attribute",
     skips_at_random: "Python's or numpy's generator",
     skips_by_numpy: "Python's or numpy's generator",
-    draws_from_its_own: "uses a Generator of its own",
+    draws_from_its_own: "Generator",
     writes_into_its_input: "writes into its inputs",
     cannot_be_differentiated_twice: "hardsigmoid_backward is not implemented",
 }
