@@ -170,6 +170,12 @@ class Attempt:
         alpha = found.step_length
         predicted = terms.predicted(alpha)
         ratio = reduction_ratio(found.loss - self._loss + terms.decay_change(alpha), predicted, self._recording.loss)
+        if found.loss == self._loss and not math.isnan(ratio) and not self._recording.roots:
+            replayable = False
+            self._warn(
+                f"the loss stayed at {self._loss:.6g} when the parameters changed: the closure computes it from what "
+                "was evaluated before. Move the forward pass into the closure. As it is, the damping stays fixed"
+            )
         self._facts |= {"loss_after": found.loss, "predicted_change": predicted, "reduction_ratio": ratio}
         if not found.accepted:
             return self._reject(found.why, ratio, replayable)

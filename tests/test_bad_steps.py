@@ -313,3 +313,18 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     unchanged(model, optimizer, closure, RuntimeError, "default process group has 2")
+
+
+def test_a_forward_pass_outside_the_closure_is_told_so_once() -> None:
+    model, (x, y) = mlp(torch.float32), regression(dtype=torch.float32)
+    optimizer = HessianFree(model.parameters())
+    for i in range(3):
+        out = model(x)
+        closure = closure_for(optimizer, lambda: F.mse_loss(out, y))  # noqa: B023
+        if i == 0:
+            with pytest.warns(UserWarning) as warned:
+                optimizer.step(closure)
+            assert any("Move the forward pass into the closure" in str(w.message) for w in warned)
+        else:
+            optimizer.step(closure)
+    assert optimizer.param_groups[0]["damping"] == 0.3
