@@ -303,7 +303,8 @@ class Attempt:
             buffers.restore()
         if replayable is None:
             replayable = self._memory.replayable
-        memory = dataclasses.replace(self._memory, step=self._number, replayable=replayable)
+        # what was pending has been judged by this step's loss, and is not to be judged twice
+        memory = dataclasses.replace(self._memory, step=self._number, replayable=replayable, pending=None)
         return Outcome(memory, self._report(False, why), ratio)
 
     def _report(self, accepted: bool, why: str) -> StepReport:
