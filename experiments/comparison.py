@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from experiments.optimizers import Settings
-from experiments.training import Observer, Point, Problem, Run, Trial, train
+from experiments.problems import Problem
+from experiments.training import Observer, Point, Run, Trial, train
 
 SWEEP_SHARE = 0.25  # of the budget, for each learning rate that is tried
 _SWEEP_SEED_OFFSET = 1000
@@ -27,7 +28,7 @@ def sweep(problem: Problem, name: str, settings: Settings, *, seed: int, budget_
     """Try the learning rates of an optimizer, each for a short time with a full schedule.
 
     Args:
-        problem: The data and the points of judgement.
+        problem: What is solved.
         name: What to call the optimizer.
         settings: Its settings.
         seed: Of the comparison; the trials use another one, so that nothing is tuned on what is reported.
@@ -41,7 +42,7 @@ def sweep(problem: Problem, name: str, settings: Settings, *, seed: int, budget_
         candidate: Settings = dataclasses.replace(cast(Any, settings), lr=lr)
         share = SWEEP_SHARE * budget_seconds
         run = train(problem, name, candidate, seed=seed + _SWEEP_SEED_OFFSET, budget_seconds=share, moments=())
-        trials.append(Trial(lr, getattr(run.final, problem.dataset.score)))
+        trials.append(Trial(lr, run.final.losses[problem.score]))
     return trials
 
 
@@ -57,7 +58,7 @@ def compare(
     """Run the optimizers one after the other.
 
     Args:
-        problem: The data and the points of judgement.
+        problem: What is solved.
         contenders: Settings by name; those without a learning rate are swept first.
         seed: Fixes initial weights and data, equal for all.
         budget_seconds: Seconds of training for each.
@@ -83,7 +84,7 @@ def compare(
             tried = ", ".join(f"{trial.lr:g}: {trial.score:.4g}" for trial in trials)
             say(f"{name}: learning rates on seed {seed + _SWEEP_SEED_OFFSET}: {tried}; takes {best.lr:g}")
         run = train(problem, name, settings, seed=seed, budget_seconds=budget_seconds, observer=observer)
-        score = getattr(run.final, problem.dataset.score)
+        score = run.final.losses[problem.score]
         say(f"{name}: {run.final.step} steps in {run.final.seconds:.1f} s to {score:.4g}")
         runs.append(dataclasses.replace(run, sweep=tuple(trials)))
     return runs

@@ -173,6 +173,17 @@ class Evaluation:
         points = Batch(points.x_t.to(device), points.t.to(device), points.u.to(device))
         return cls(points, expectation.to(device), held_out, floor)
 
+    def losses(self, field: Field) -> dict[str, float]:
+        """Give both figures.
+
+        Args:
+            field: The velocity field v(x, t).
+
+        Returns:
+            `excess_loss` and `holdout_loss`.
+        """
+        return {"excess_loss": self.excess_loss(field), "holdout_loss": self.holdout_loss(field)}
+
     @torch.no_grad()
     def excess_loss(self, field: Field) -> float:
         """Give mean (v - E[u | x_t, t])² over points and components.

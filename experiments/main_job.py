@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from experiments import data
 from experiments.comparison import SWEEP_SHARE, compare
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
 from experiments.optimizers import Settings, choose_settings, default_optimizers
 from experiments.plots import write_curves
-from experiments.results import SCORE_NAMES, TensorBoardLog, table, write_json
-from experiments.training import Problem, Run
+from experiments.problems.base import Problem
+from experiments.problems.flow import FlowMatching
+from experiments.results import TensorBoardLog, score_name, table, write_json
+from experiments.training import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +65,13 @@ def run_job(job: Job) -> list[Run]:
     dataset = data.load(job.data, job.dim)
     optimizers = job.optimizers if job.optimizers is not None else default_optimizers(dataset.dim)
     contenders = choose_settings(optimizers, job.assignments, dataset.dim)
-    problem = Problem.of(dataset, device)
-    parameters = sum(parameter.numel() for parameter in problem.initial_model(job.seed).parameters())
+    problem = FlowMatching.of(dataset, device)
+    model = problem.initial_model(job.seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     for settings in contenders.values():
         settings.check(parameters)
     out = prepare_directory(job.out if job.out is not None else Path("runs") / dataset.name)
-    _announce(job, problem, parameters, contenders)
+    _announce(job, problem, model, contenders)
     log = TensorBoardLog(out / "tensorboard", list(contenders), time.time())
     try:
         runs = compare(problem, contenders, seed=job.seed, budget_seconds=job.budget_seconds, observers=[log], say=_say)
@@ -87,14 +92,15 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _announce(job: Job, problem: Problem, parameters: int, contenders: dict[str, Settings]) -> None:
+def _announce(job: Job, problem: Problem, model: nn.Module, contenders: dict[str, Settings]) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     environment = describe(problem.device)
     _say(
-        f"{problem.dataset.name}: {problem.dataset.dim} dimensions, ToyMLP with {parameters} parameters, "
+        f"{problem.name}: {problem.dim} dimensions, {type(model).__name__} with {parameters} parameters, "
         f"seed {job.seed}, {environment['device']} ({environment['threads']} threads), torch {environment['torch']}"
     )
     swept = [name for name, settings in contenders.items() if settings.lr is None]
     line = f"{job.budget_seconds:g} s of training each for {', '.join(contenders)}"
     if swept:
         line += f"; {SWEEP_SHARE * job.budget_seconds:g} s for each learning rate tried for {', '.join(swept)}"
-    _say(f"{line}; compared by {SCORE_NAMES[problem.dataset.score]}")
+    _say(f"{line}; compared by {score_name(problem.score)}")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.results import SCORE_NAMES
-from experiments.training import Problem, Run
+from experiments.problems import Problem
+from experiments.results import score_name
+from experiments.training import Run
 
 # Fixed, so that an optimizer keeps its colour from figure to figure; distinguishable with any colour vision
 # (Okabe and Ito 2008).
@@ -31,11 +32,11 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
     # The object-oriented interface: no global figure, no window system.
     from matplotlib.figure import Figure
 
-    score = SCORE_NAMES[problem.dataset.score]
+    score = score_name(problem.score)
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(
-        f"Flow matching on {problem.dataset.name}: {score} at equal seconds of training",
+        f"{problem.name}: {score} at equal seconds of training",
         x=0.01,
         ha="left",
         fontsize=13,
@@ -51,12 +52,11 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
 
 def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> None:
     """One panel: lines with their names at their ends, and where all began."""
-    score = problem.dataset.score
     ends: list[tuple[float, float, str, str]] = []
     for index, run in enumerate(runs):
         colour = COLOURS.get(run.optimizer, _OTHERS[index % len(_OTHERS)])
         # A logarithmic axis has no place for the start; the grey line shows its height.
-        shown = [(getattr(point, against), getattr(point, score)) for point in run.points[1:]]
+        shown = [(getattr(point, against), point.losses[problem.score]) for point in run.points[1:]]
         shown = [(x, y) for x, y in shown if math.isfinite(y) and y > 0]
         if not shown:
             continue
@@ -65,7 +65,7 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> No
         ends.append((xs[-1], ys[-1], run.optimizer, colour))
     axis.set_xscale("log")
     axis.set_yscale("log")
-    start = getattr(runs[0].points[0], score)
+    start = runs[0].points[0].losses[problem.score]
     axis.axhline(start, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axis.annotate(
         "initial weights",

@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from experiments.environment import UsageError, describe
-from experiments.training import Point, Problem, Run
+from experiments.problems import Noisy, Problem
+from experiments.training import Point, Run
 
-SCORE_NAMES = {"excess_loss": "excess loss", "holdout_loss": "held-out loss"}
+_SCORES = {"holdout_loss": "held-out loss"}  # where the name in words is not the key's
+_MEANINGS = {"excess_loss": "Excess loss is what a network adds to it: mean (v - E[u | x_t, t])² on fixed points."}
 _REFERENCE = "adam"
+
+
+def score_name(score: str) -> str:
+    """Give the name of a figure in words.
+
+    Args:
+        score: A key of a problem's `evaluate`.
+
+    Returns:
+        The words.
+    """
+    return _SCORES.get(score, score.replace("_", " "))
 
 
 def as_json(problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
@@ -26,28 +40,32 @@ def as_json(problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
         a number that is not finite is None.
     """
     return _finite({
-        "data": problem.dataset.name,
-        "dim": problem.dataset.dim,
-        "score": problem.dataset.score,
-        "noise_floor": problem.evaluation.noise_floor,
+        "data": problem.name,
+        "dim": problem.dim,
+        "score": problem.score,
+        **({"noise_floor": problem.noise_floor} if isinstance(problem, Noisy) else {}),
         "environment": describe(problem.device),
         "runs": [_run_as_json(run) for run in runs],
     })
 
 
 def _run_as_json(run: Run) -> dict[str, Any]:
-    columns = ("seconds", "samples", "step", "train_loss", "excess_loss", "holdout_loss")
-    final = {name: getattr(run.final, name) for name in columns}
+    rows = [_row(point) for point in run.points]
     return {
         "optimizer": run.optimizer,
         "settings": _settings(run),
         "seed": run.seed,
         "budget_seconds": run.budget_seconds,
         "sweep": [dataclasses.asdict(trial) for trial in run.sweep],
-        **{name: [getattr(point, name) for point in run.points] for name in columns},
+        **{name: [row[name] for row in rows] for name in rows[0]},
         "internals": [point.internals for point in run.points],
-        "final": final | {"overshoot_seconds": run.overshoot_seconds},
+        "final": rows[-1] | {"overshoot_seconds": run.overshoot_seconds},
     }
+
+
+def _row(point: Point) -> dict[str, float]:
+    own = {name: getattr(point, name) for name in ("seconds", "samples", "step", "train_loss")}
+    return own | point.losses
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -120,8 +138,7 @@ class TensorBoardLog:
         writer = self._writers[optimizer]
         scalars = {
             "loss/train": point.train_loss,
-            "loss/excess": point.excess_loss,
-            "loss/holdout": point.holdout_loss,
+            **{f"loss/{name.removesuffix('_loss')}": value for name, value in point.losses.items()},
             "progress/samples": float(point.samples),
             "progress/training_seconds": point.seconds,
             # NaN there means "not needed at this step"; among the losses it means divergence, and is shown.
@@ -147,13 +164,13 @@ def table(problem: Problem, runs: Sequence[Run]) -> str:
     Returns:
         Aligned columns, a line an optimizer, and notes below.
     """
-    score = problem.dataset.score
-    reference = next((getattr(run.final, score) for run in runs if run.optimizer == _REFERENCE), math.nan)
-    header = ["optimizer", "lr", "steps", "samples", "seconds", "train loss", SCORE_NAMES[score], f"/ {_REFERENCE}"]
+    reference = next((run.final.losses[problem.score] for run in runs if run.optimizer == _REFERENCE), math.nan)
+    header = ["optimizer", "lr", "steps", "samples", "seconds", "train loss"]
+    header += [score_name(problem.score), f"/ {_REFERENCE}"]
     rows = [header]
     for run in runs:
         final = run.final
-        value = getattr(final, score)
+        value = final.losses[problem.score]
         rows.append([
             run.optimizer,
             f"{run.settings.lr:g}",
@@ -180,10 +197,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _notes(problem: Problem, runs: Sequence[Run]) -> list[str]:
-    floor = problem.evaluation.noise_floor
-    notes = [f"The target's noise alone gives a training loss of {floor:.4g}."]
-    if problem.dataset.score == "excess_loss":
-        notes.append("Excess loss is what a network adds to it: mean (v - E[u | x_t, t])² on fixed points.")
+    notes = []
+    if isinstance(problem, Noisy):
+        notes.append(f"The target's noise alone gives a training loss of {problem.noise_floor:.4g}.")
+    if problem.score in _MEANINGS:
+        notes.append(_MEANINGS[problem.score])
     for run in runs:
         # A step is rarely the last to end on the dot; only steps that are long for the budget are worth a word.
         if run.overshoot_seconds > 0.02 * run.budget_seconds:
@@ -191,6 +209,6 @@ def _notes(problem: Problem, runs: Sequence[Run]) -> list[str]:
                 f"{run.optimizer}: its last step ended {run.overshoot_seconds:.1f} s after the budget of "
                 f"{run.budget_seconds:g} s."
             )
-        if not math.isfinite(getattr(run.final, problem.dataset.score)):
+        if not math.isfinite(run.final.losses[problem.score]):
             notes.append(f"{run.optimizer} diverged: its losses are not finite.")
     return notes

@@ -9,74 +9,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from experiments import flow_matching
-from experiments.data import Dataset
 from experiments.environment import synchronize
-from experiments.flow_matching import BatchStream, Evaluation
-from experiments.models import ToyMLP
 from experiments.optimizers import Settings
+from experiments.problems import Problem
 
 _POINTS = 25  # evaluations a run, if its steps are short enough
 _FIRST_POINT = 0.01  # of the budget
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What all optimizers of a comparison share.
-
-    Attributes:
-        dataset: The data.
-        evaluation: The fixed points of judgement.
-        device: Where the training runs.
-    """
-
-    dataset: Dataset
-    evaluation: Evaluation
-    device: torch.device
-
-    @classmethod
-    def of(cls, dataset: Dataset, device: torch.device) -> Self:
-        """Set up the points of judgement.
-
-        Args:
-            dataset: The data.
-            device: Where the training runs.
-
-        Returns:
-            The problem.
-        """
-        return cls(dataset, Evaluation.of(dataset, device), device)
-
-    def initial_model(self, seed: int) -> nn.Module:
-        """Make the network, with weights that depend on the seed alone (not on the device, nor on torch's own stream).
-
-        Args:
-            seed: Fixes the weights.
-
-        Returns:
-            The network, on the device.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = ToyMLP(self.dataset.dim, time_varying=True)
-        return model.to(self.device)
-
-    def stream(self, seed: int) -> BatchStream:
-        """Start the sequence of training rows.
-
-        Args:
-            seed: Fixes the sequence.
-
-        Returns:
-            The stream, at its beginning.
-        """
-        return BatchStream(self.dataset, seed, self.device)
 
 
 @dataclass(frozen=True)
@@ -88,8 +32,7 @@ class Point:
         samples: Rows used.
         seconds: Seconds of training.
         train_loss: Mean loss of the batches since the previous point; at the start, of the first batch.
-        excess_loss: mean (v - E[u | x_t, t])² on fixed points.
-        holdout_loss: Loss on fixed rows made of held-out data.
+        losses: What the problem's `evaluate` says of the network, on rows that are fixed.
         internals: What the optimizer reports of its last step, if it does.
     """
 
@@ -97,8 +40,7 @@ class Point:
     samples: int
     seconds: float
     train_loss: float
-    excess_loss: float
-    holdout_loss: float
+    losses: dict[str, float]
     internals: dict[str, float] = field(default_factory=dict)
 
 
@@ -108,7 +50,7 @@ class Trial:
 
     Attributes:
         lr: The learning rate.
-        score: Where it ended, in the score of the data set; NaN if it diverged.
+        score: Where it ended, in the score of the problem; NaN if it diverged.
     """
 
     lr: float
@@ -175,8 +117,8 @@ class Stopwatch:
 def step_length(fraction: float) -> float:
     """Give the factor on every learning rate: a cosine from 1 at the start of the budget to 0 at its end.
 
-    Rows are never used twice, so the gradient stays noisy to the end and a constant step would leave every optimizer
-    wandering at a height set by its learning rate; the decay averages that noise out. All get the same.
+    Where rows are never used twice, the gradient stays noisy to the end and a constant step would leave every optimizer
+    wandering at a height set by its learning rate; the decay averages that noise out.
 
     Args:
         fraction: Share of the budget that is spent.
@@ -209,13 +151,13 @@ class _Training:
         self.observer = observer
         self.model = problem.initial_model(seed)
         self.points: list[Point] = []
+        # Until every class of settings has its own schedule: the cosine.
+        self.step_length: Callable[[float], float] = getattr(settings, "step_length", step_length)
         self.steps = 0
         self.loss_sum = 0.0
         self.losses = 0
         # Off the clock: the loss at the start is that of the rows which the first step will draw again.
-        with torch.no_grad():
-            first = flow_matching.loss(self.model, problem.stream(seed).draw(settings.batch_size))
-        self.add_loss(first)
+        self.add_loss(problem.loss(self.model, problem.stream(seed).draw(settings.batch_size)))
         self.clock = Stopwatch(problem.device)
         with self.clock:
             self.stream = problem.stream(seed)
@@ -227,12 +169,12 @@ class _Training:
         optimizer = self.optimizer
         with self.clock:
             for group, lr in zip(optimizer.param_groups, self.lrs, strict=True):
-                group["lr"] = lr * step_length(fraction)
+                group["lr"] = lr * self.step_length(fraction)
             batch = self.stream.draw(self.settings.batch_size)
 
             def closure() -> Tensor:
                 optimizer.zero_grad()
-                loss = flow_matching.loss(self.model, batch)
+                loss = self.problem.loss(self.model, batch)
                 loss.backward()
                 return loss
 
@@ -252,8 +194,7 @@ class _Training:
             samples=self.steps * self.settings.batch_size,
             seconds=self.clock.seconds,
             train_loss=self.loss_sum / self.losses if self.losses else math.nan,
-            excess_loss=self.problem.evaluation.excess_loss(self.model),
-            holdout_loss=self.problem.evaluation.holdout_loss(self.model),
+            losses=self.problem.evaluate(self.model),
             internals=_internals(self.optimizer),
         )
         self.loss_sum, self.losses = 0.0, 0
@@ -281,7 +222,7 @@ def train(
     """Train one network for a time.
 
     Args:
-        problem: The data and the points of judgement.
+        problem: What is solved.
         name: What to call the optimizer.
         settings: Its settings, with a learning rate.
         seed: Fixes initial weights and data.

@@ -6,12 +6,14 @@ import torch
 from experiments import comparison, data
 from experiments.comparison import compare, sweep
 from experiments.optimizers import AdamSettings, choose_settings
-from experiments.training import Point, Problem, Run
+from experiments.problems import Problem
+from experiments.problems.flow import FlowMatching
+from experiments.training import Point, Run
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(data.load("moons"), torch.device("cpu"))
+    return FlowMatching.of(data.load("moons"), torch.device("cpu"))
 
 
 def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +21,7 @@ def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: py
 
     def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
         calls.append((settings.lr, int(how["seed"]), how["budget_seconds"]))
-        point = Point(1, 1, 1.0, 1.0, excess_loss=abs(settings.lr - 1e-2), holdout_loss=1.0)  # type: ignore[operator]
+        point = Point(1, 1, 1.0, 1.0, {"excess_loss": abs(settings.lr - 1e-2), "holdout_loss": 1.0})  # type: ignore[operator]
         return Run(name, settings, int(how["seed"]), how["budget_seconds"], (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
@@ -39,7 +41,7 @@ def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: py
 def test_a_diverged_trial_is_not_taken(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
         score = 1.0 if settings.lr == 3e-3 else math.nan
-        point = Point(1, 1, 1.0, score, score, score)
+        point = Point(1, 1, 1.0, score, {"excess_loss": score, "holdout_loss": score})
         return Run(name, settings, 0, 1.0, (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
@@ -60,12 +62,12 @@ def test_all_start_from_the_same_weights_and_rows(problem: Problem) -> None:
         say=lambda line: None,
     )
     assert [run.optimizer for run in runs] == names
-    starts = {(run.points[0].train_loss, run.points[0].excess_loss, run.points[0].holdout_loss) for run in runs}
+    starts = {(run.points[0].train_loss, *run.points[0].losses.values()) for run in runs}
     assert len(starts) == 1
     for run in runs:
         # The first step reports the loss before it: of the same rows at the same weights.
         assert run.points[1].step == 1
         assert run.points[1].train_loss == pytest.approx(run.points[0].train_loss, rel=1e-5)
-        assert run.points[1].excess_loss != run.points[0].excess_loss
+        assert run.points[1].losses["excess_loss"] != run.points[0].losses["excess_loss"]
     assert [name for name, _ in seen] == [name for name in names for _ in range(2)]
     assert runs[0].final.internals and not runs[2].final.internals

@@ -7,7 +7,8 @@ import torch
 from experiments import data
 from experiments.optimizers import AdamSettings
 from experiments.plots import write_curves
-from experiments.training import Point, Problem, Run
+from experiments.problems.flow import FlowMatching
+from experiments.training import Point, Run
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -15,11 +16,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.parametrize("name", ["8gaussians", "digits"])
 @pytest.mark.parametrize("ends", [[0.1, 0.1, 0.4], [0.01, math.nan, math.inf], [math.nan] * 3])
 def test_curves(name: str, ends: list[float], tmp_path: Path) -> None:
-    problem = Problem.of(data.load(name), torch.device("cpu"))
+    problem = FlowMatching.of(data.load(name), torch.device("cpu"))
 
     def run(optimizer: str, end: float) -> Run:
         losses = [1.3, end * 1.1, end]
-        points = tuple(Point(k, 64 * k, 0.5 * k, x, x, x) for k, x in enumerate(losses))
+        points = tuple(Point(k, 64 * k, 0.5 * k, x, {problem.score: x}) for k, x in enumerate(losses))
         return Run(optimizer, AdamSettings(lr=0.1), 0, 1.0, points)
 
     runs = [run(optimizer, end) for optimizer, end in zip(["hessfree", "adam", "another"], ends, strict=True)]

@@ -7,17 +7,18 @@ import torch
 
 from experiments import data
 from experiments.optimizers import AdamSettings, HessianFreeSettings
+from experiments.problems.flow import FlowMatching
 from experiments.results import TensorBoardLog, table, write_json
-from experiments.training import Point, Problem, Run, Trial
+from experiments.training import Point, Run, Trial
 
 
 @pytest.fixture(scope="module")
-def problem() -> Problem:
-    return Problem.of(data.load("8gaussians"), torch.device("cpu"))
+def problem() -> FlowMatching:
+    return FlowMatching.of(data.load("8gaussians"), torch.device("cpu"))
 
 
 def point(step: int, excess: float, **internals: float) -> Point:
-    return Point(step, 10 * step, 0.5 * step, 5 + excess, excess, 6.0, internals)
+    return Point(step, 10 * step, 0.5 * step, 5 + excess, {"excess_loss": excess, "holdout_loss": 6.0}, internals)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def runs() -> list[Run]:
     ]
 
 
-def test_json(problem: Problem, runs: list[Run], tmp_path: Path) -> None:
+def test_json(problem: FlowMatching, runs: list[Run], tmp_path: Path) -> None:
     content = json.loads(write_json(tmp_path / "results.json", problem, runs).read_text())
     assert content["data"] == "8gaussians"
     assert content["environment"]["torch"] == torch.__version__
@@ -49,7 +50,7 @@ def test_json(problem: Problem, runs: list[Run], tmp_path: Path) -> None:
     assert adam["seed"] == 0
 
 
-def test_numbers_that_json_does_not_have(problem: Problem, tmp_path: Path) -> None:
+def test_numbers_that_json_does_not_have(problem: FlowMatching, tmp_path: Path) -> None:
     run = Run("adam", AdamSettings(lr=9.0), 0, 2.0, (point(0, 8.0), point(4, math.nan), point(5, math.inf)))
     text = write_json(tmp_path / "results.json", problem, [run]).read_text()
 
@@ -61,7 +62,7 @@ def test_numbers_that_json_does_not_have(problem: Problem, tmp_path: Path) -> No
     assert "adam diverged" in table(problem, [run])
 
 
-def test_table(problem: Problem, runs: list[Run]) -> None:
+def test_table(problem: FlowMatching, runs: list[Run]) -> None:
     lines = table(problem, runs).splitlines()
     assert lines[0].split()[:5] == ["optimizer", "lr", "steps", "samples", "seconds"]
     assert lines[0].endswith("/ adam") and "excess loss" in lines[0]

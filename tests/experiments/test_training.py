@@ -6,14 +6,16 @@ import torch
 
 from experiments import data, training
 from experiments.optimizers import AdamSettings
-from experiments.training import Point, Problem, Stopwatch, evaluation_times, step_length, train
+from experiments.problems import Problem
+from experiments.problems.flow import FlowMatching
+from experiments.training import Point, Stopwatch, evaluation_times, step_length, train
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(data.load("8gaussians"), CPU)
+    return FlowMatching.of(data.load("8gaussians"), CPU)
 
 
 @pytest.fixture
@@ -82,14 +84,14 @@ def test_two_points_at_least(problem: Problem, ticks: None) -> None:
 def test_same_seed_same_run(problem: Problem, ticks: None) -> None:
     settings = AdamSettings(lr=0.01, batch_size=128)
     first, second, other = (train(problem, "adam", settings, seed=seed, budget_seconds=5) for seed in (3, 3, 4))
-    losses = [[(p.train_loss, p.excess_loss, p.holdout_loss) for p in run.points] for run in (first, second, other)]
+    losses = [[(p.train_loss, p.losses) for p in run.points] for run in (first, second, other)]
     assert losses[0] == losses[1] and losses[0] != losses[2]
 
 
 def test_training_helps(problem: Problem, ticks: None) -> None:
     run = train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=60, moments=())
     assert len(run.points) == 2
-    assert run.final.excess_loss < 0.5 * run.points[0].excess_loss
+    assert run.final.losses["excess_loss"] < 0.5 * run.points[0].losses["excess_loss"]
 
 
 def test_learning_rates_follow_the_budget(problem: Problem, ticks: None, monkeypatch: pytest.MonkeyPatch) -> None:
