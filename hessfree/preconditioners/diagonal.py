@@ -3,56 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hessfree.preconditioners.base import Sample, State
+from hessfree.preconditioners.refresh import AveragedRefresh
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
 
-@dataclasses.dataclass(frozen=True)
-class Diagonal:
-    """M = (diag(d) + `damping_scale`·D)^power, with d averaged over updates.
-
-    Attributes:
-        update_every: Update d every so many steps (and at each of the first three).
-        decay: Of the exponential moving average of d; a plain mean at first.
-        damping_scale: Factor on the damping.
-        power: Of the diagonal.
-    """
-
-    update_every: int = 5
-    decay: float = 0.95
-    damping_scale: float = 1.0
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ValueError: A setting is out of range.
-        """
-        if not (isinstance(self.update_every, int) and self.update_every >= 1):
-            raise ValueError(f"update_every={self.update_every!r} must be an integer, 1 or more")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay!r} must satisfy 0 <= decay < 1")
-        if not 0 < self.damping_scale < math.inf:
-            raise ValueError(f"damping_scale={self.damping_scale!r} must be positive and finite")
-        if not 0 < self.power <= 1:
-            raise ValueError(f"power={self.power!r} must satisfy 0 < power <= 1")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagonal(AveragedRefresh):
+    """M = (diag(d) + `damping_scale`·D)^power, with d averaged over updates."""
 
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs: none."""
         return ()
-
-    def due(self, state: State, step: int) -> bool:
-        """Tell whether d is to be updated at step number `step`."""
-        return not state or state["updates"] < 3 or step - state["step"] >= self.update_every
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
         """Return r ↦ (k·diag(d) + damping_scale·D)^(−power) r.

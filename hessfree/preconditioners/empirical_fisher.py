@@ -10,7 +10,7 @@ from hessfree.preconditioners.cotangents import signs
 from hessfree.preconditioners.diagonal import Diagonal, squares
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EmpiricalFisherDiagonal(Diagonal):
     """M = (diag(Σ_n ∇L_n ∇L_nᵀ) + D)^power, with ∇L_n the gradient of sample n's part of the loss, times √N.
 

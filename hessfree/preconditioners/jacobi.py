@@ -12,7 +12,7 @@ from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.diagonal import Diagonal, squares
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Jacobi(Diagonal):
     """M = diag(G) + D.
 

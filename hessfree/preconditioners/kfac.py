@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,13 +13,14 @@ from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import KroneckerBlock, Place, kronecker_inverse
 from hessfree.preconditioners.layers import LAYERS, Part, parts_of
+from hessfree.preconditioners.refresh import AveragedRefresh
 from hessfree.recording import Call
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
 
-@dataclasses.dataclass(frozen=True)
-class KFAC:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KFAC(AveragedRefresh):
     """G ≈ S ⊗ A for each layer, and a diagonal for every parameter of no layer that it knows.
 
     A is the mean of a aᵀ over the rows of the layer's input, with a one appended for the bias; S is the sum of
@@ -35,7 +35,8 @@ class KFAC:
     Attributes:
         factors: "sampled": one u of random signs an update. "exact": one u a column of H's root, as many
             backward passes as a sample has outputs (the diagonal stays sampled: a sign a sample).
-        update_every: Update the factors every so many steps (and at each of the first three).
+        update_every: Steps between updates of the factors.
+        warmup_updates: So many updates, the first ones, are made at every step.
         decay: Of the exponential moving average of the factors; a plain mean at first.
         damping_scale: M = G + `damping_scale`·λI: the preconditioner wants less damping than the system.
         power: Multiply by M to the power −`power`: 1 is K-FAC's inverse, ½ its square root.
@@ -45,10 +46,7 @@ class KFAC:
     """
 
     factors: Literal["sampled", "exact"] = "sampled"
-    update_every: int = 5
-    decay: float = 0.95
     damping_scale: float = 0.1
-    power: float = 1.0
     wide: int = 512
     rank: int = 64
 
@@ -58,16 +56,9 @@ class KFAC:
         Raises:
             ValueError: A setting is out of range.
         """
+        super().__post_init__()
         if self.factors not in {"sampled", "exact"}:
             raise ValueError(f"factors={self.factors!r} must be 'sampled' or 'exact'")
-        if not (isinstance(self.update_every, int) and self.update_every >= 1):
-            raise ValueError(f"update_every={self.update_every!r} must be an integer, 1 or more")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay!r} must satisfy 0 <= decay < 1")
-        if not 0 < self.damping_scale < math.inf:
-            raise ValueError(f"damping_scale={self.damping_scale!r} must be positive and finite")
-        if not 0 < self.power <= 1:
-            raise ValueError(f"power={self.power!r} must satisfy 0 < power <= 1")
         if not (isinstance(self.wide, int) and isinstance(self.rank, int) and 1 <= self.rank <= self.wide):
             raise ValueError(f"wide={self.wide!r} and rank={self.rank!r} must be integers with 1 <= rank <= wide")
 
@@ -75,10 +66,6 @@ class KFAC:
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs."""
         return LAYERS
-
-    def due(self, state: State, step: int) -> bool:
-        """Tell whether the factors are to be updated at step number `step`."""
-        return not state or state["updates"] < 3 or step - state["step"] >= self.update_every
 
     def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
         """Average the factors of `sample` into the state and take their eigenform.

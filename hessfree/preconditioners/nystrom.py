@@ -12,23 +12,26 @@ from torch import Tensor, nn
 from hessfree.linearization import GraphLinearization
 from hessfree.operators import GaussNewton
 from hessfree.preconditioners.base import Sample, State
+from hessfree.preconditioners.refresh import Refresh, check_count
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
 
-@dataclasses.dataclass(frozen=True)
-class Nystrom:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nystrom(Refresh):
     """M = U Λ Uᵀ + λ_r (I − U Uᵀ) + μI from `rank` products of G with random directions.
 
     μ is the mean of D. An update costs `rank` products, and the state `rank` vectors `[P]`.
 
     Attributes:
         rank: Directions.
-        update_every: Update every so many steps.
+        update_every: Steps between updates.
+        warmup_updates: So many updates, the first ones, are made at every step.
     """
 
     rank: int = 50
     update_every: int = 20
+    warmup_updates: int = 1
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -36,19 +39,13 @@ class Nystrom:
         Raises:
             ValueError: A setting is out of range.
         """
-        for name in ("rank", "update_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
+        super().__post_init__()
+        check_count(self, "rank")
 
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs: none."""
         return ()
-
-    def due(self, state: State, step: int) -> bool:
-        """Tell whether the approximation is to be made anew at step number `step`."""
-        return not state or step - state["step"] >= self.update_every
 
     def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
         """Approximate G of `sample`.
@@ -79,7 +76,8 @@ class Nystrom:
         basis, values, _ = torch.linalg.svd(
             torch.linalg.solve_triangular(core, product.T, upper=False).T, full_matrices=False
         )
-        return {"step": step, "basis": basis, "values": (values.square() - shift).clamp_min(0)}, None
+        values = (values.square() - shift).clamp_min(0)
+        return {"updates": state.get("updates", 0) + 1, "step": step, "basis": basis, "values": values}, None
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
         """Return r ↦ U (kΛ + μ)⁻¹ Uᵀ r + (kλ_r + μ)⁻¹ (I − U Uᵀ) r.

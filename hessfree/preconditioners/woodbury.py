@@ -14,12 +14,13 @@ from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.jacobian_rows import jacobian_rows
 from hessfree.preconditioners.kfac import KFAC
 from hessfree.preconditioners.kronecker import matrix_of, write_matrix
+from hessfree.preconditioners.refresh import Refresh, check_count, check_positive
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
 
-@dataclasses.dataclass(frozen=True)
-class Woodbury:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Woodbury(Refresh):
     """M = τ·K + UᵀU, with K the damped K-FAC matrix and UᵀU the Gauss-Newton matrix of a part of the samples.
 
     K-FAC knows every layer roughly; UᵀU knows all of them together, but along no more directions than it has rows.
@@ -34,7 +35,8 @@ class Woodbury:
         samples: Samples that U is made of: one row an output for up to 4 outputs, else one row of random signs.
         weight: τ.
         kfac: How K is learned.
-        update_every: Update both parts every so many steps (and at each of the first three).
+        update_every: Steps between updates of both parts.
+        warmup_updates: So many updates, the first ones, are made at every step.
         damping_scale: τK holds `damping_scale`·λ: the preconditioner wants less damping than the system.
     """
 
@@ -50,23 +52,15 @@ class Woodbury:
         Raises:
             ValueError: A setting is out of range.
         """
-        for name in ("samples", "update_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
-        for name in ("weight", "damping_scale"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} must be positive and finite")
+        super().__post_init__()
+        check_count(self, "samples")
+        check_positive(self, "weight")
+        check_positive(self, "damping_scale")
 
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs."""
         return self.kfac.taps
-
-    def due(self, state: State, step: int) -> bool:
-        """Tell whether both parts are to be updated at step number `step`."""
-        return not state or state["updates"] < 3 or step - state["step"] >= self.update_every
 
     def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
         """Learn K and U anew and factor the Gram matrix.
