@@ -63,9 +63,9 @@ def run_job(job: Job) -> list[Run]:
     require_extras()
     device = choose_device(job.device)
     dataset = data.load(job.data, job.dim)
-    optimizers = job.optimizers if job.optimizers is not None else default_optimizers(dataset.dim)
-    contenders = choose_settings(optimizers, job.assignments, dataset.dim)
     problem = FlowMatching.of(dataset, device)
+    optimizers = job.optimizers if job.optimizers is not None else default_optimizers(problem)
+    contenders = choose_settings(optimizers, job.assignments, problem)
     model = problem.initial_model(job.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for settings in contenders.values():

@@ -55,7 +55,7 @@ def test_all_start_from_the_same_weights_and_rows(problem: Problem) -> None:
     seen: list[tuple[str, Point]] = []
     runs = compare(
         problem,
-        choose_settings(names, changes, dim=2),
+        choose_settings(names, changes, problem),
         seed=1,
         budget_seconds=1e-3,
         observers=[lambda name, point: seen.append((name, point))],

@@ -51,7 +51,8 @@ def test_digits_by_held_out_loss(main: Main, tmp_path: Path, capsys: pytest.Capt
     assert "held-out loss" in output and "learning rates" not in output
     content = json.loads((out / "results.json").read_text())
     assert content["dim"] == 64 and content["score"] == "holdout_loss"
-    assert content["runs"][0]["settings"] == {"lr": 0.01, "batch_size": 8, "weight_decay": 0.0}
+    common = {"warmup": 0.0, "final_length": 0.0}
+    assert content["runs"][0]["settings"] == common | {"lr": 0.01, "batch_size": 8, "weight_decay": 0.0}
     assert content["runs"][0]["seed"] == 1
 
 

@@ -1,0 +1,29 @@
+"""The optimizers that are compared: their settings, defaults by problem, and how each is built.
+
+Every optimizer takes the standard closure, so one training loop serves all. A new one is one dataclass and one line in
+`OPTIMIZERS`. Packages are imported when an optimizer is built, so that nobody needs those that he does not compare.
+"""
+
+from experiments.optimizers.adam import AdamSettings
+from experiments.optimizers.base import CommonSettings, Settings
+from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
+from experiments.optimizers.dense import DenseFisherSettings
+from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings, RecipeSettings
+from experiments.optimizers.lbfgs import LBFGSSettings
+from experiments.optimizers.soap import SOAPSettings
+
+__all__ = [
+    "OPTIMIZERS",
+    "AdamSettings",
+    "CommonSettings",
+    "DenseFisherSettings",
+    "FullBatchSettings",
+    "HessianFreeSettings",
+    "LBFGSSettings",
+    "RecipeSettings",
+    "SOAPSettings",
+    "Settings",
+    "choose_settings",
+    "default_optimizers",
+    "settings_class",
+]

@@ -1,0 +1,109 @@
+"""Which optimizers there are, and what the user changes of their settings."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from experiments.environment import UsageError
+from experiments.optimizers.adam import AdamSettings
+from experiments.optimizers.base import Settings
+from experiments.optimizers.dense import DenseFisherSettings
+from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings
+from experiments.optimizers.lbfgs import LBFGSSettings
+from experiments.optimizers.soap import SOAPSettings
+from experiments.problems import Problem
+
+OPTIMIZERS: dict[str, type[Settings]] = {
+    "hessfree": HessianFreeSettings,
+    "dense-fisher": DenseFisherSettings,
+    "adam": AdamSettings,
+    "soap": SOAPSettings,
+    "lbfgs": LBFGSSettings,
+}
+
+
+def settings_class(name: str, problem: Problem) -> type[Settings]:
+    """Look up the settings of an optimizer.
+
+    Args:
+        name: One of `OPTIMIZERS`.
+        problem: What is to be solved.
+
+    Returns:
+        The class; HessianFree has a recipe of its own for fixed rows.
+    """
+    if name == "hessfree" and problem.rows is not None:
+        return FullBatchSettings
+    return OPTIMIZERS[name]
+
+
+def default_optimizers(problem: Problem) -> tuple[str, ...]:
+    """Name the optimizers that a comparison shows if none are named.
+
+    Args:
+        problem: What is to be solved.
+
+    Returns:
+        Ours, the textbook's and Adam in two dimensions; above, without the textbook's, whose first step takes minutes.
+    """
+    return ("hessfree", "dense-fisher", "adam") if problem.dim == 2 else ("hessfree", "adam")
+
+
+def choose_settings(names: Sequence[str], assignments: Sequence[str], problem: Problem) -> dict[str, Settings]:
+    """Give the settings of a run.
+
+    Args:
+        names: Optimizers, in the order in which they will run.
+        assignments: What the user changes, each as "optimizer.setting=value".
+        problem: What is to be solved.
+
+    Returns:
+        Settings by name.
+
+    Raises:
+        UsageError: If an optimizer or setting does not exist, or a value is not possible.
+    """
+    for name in names:
+        if name not in OPTIMIZERS:
+            raise UsageError(f"--optimizers {name!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
+        if list(names).count(name) > 1:
+            raise UsageError(f"--optimizers names {name!r} twice; name each optimizer once")
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for assignment in assignments:
+        optimizer, setting, value = _parse(assignment, problem)
+        if optimizer not in changes:
+            raise UsageError(f"--set {assignment!r}: {optimizer} does not run; add it to --optimizers")
+        changes[optimizer][setting] = value
+    return {name: settings_class(name, problem).for_problem(problem, **changed) for name, changed in changes.items()}
+
+
+def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | None]:
+    """Split "optimizer.setting=value" and convert the value to the setting's type."""
+    left, equals, text = assignment.partition("=")
+    optimizer, dot, setting = left.strip().partition(".")
+    if not (equals and dot):
+        raise UsageError(f"--set {assignment!r} is no assignment; write it as hessfree.damping=0.1")
+    if optimizer not in OPTIMIZERS:
+        raise UsageError(f"--set {assignment!r}: no optimizer {optimizer!r}; choose from: {', '.join(OPTIMIZERS)}")
+    settings = settings_class(optimizer, problem)
+    known = [field.name for field in dataclasses.fields(settings)]
+    if setting not in known:
+        raise UsageError(f"--set {assignment!r}: {optimizer} has no setting {setting!r}; it has: {', '.join(known)}")
+    return optimizer, setting, _convert(assignment, text.strip(), get_type_hints(settings)[setting])
+
+
+def _convert(assignment: str, text: str, hint: Any) -> int | float | None:
+    """Read a number of the kind that a type hint (int, float, or one of them or None) asks for."""
+    kinds = getattr(hint, "__args__", (hint,))
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    kind = int if int in kinds else float
+    wanted = "a positive integer" if kind is int else "a finite number, not negative"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UsageError(f"--set {assignment!r}: {text!r} is no {kind.__name__}; give {wanted}") from None
+    if not math.isfinite(value) or value < (1 if kind is int else 0):
+        raise UsageError(f"--set {assignment!r}: {text!r} is out of range; give {wanted}")
+    return value
