@@ -11,8 +11,15 @@ from experiments.training import Run
 
 # Fixed, so that an optimizer keeps its colour from figure to figure; distinguishable with any colour vision
 # (Okabe and Ito 2008).
-COLOURS = {"hessfree": "#0072B2", "dense-fisher": "#009E73", "adam": "#D55E00"}
-_OTHERS = ("#E69F00", "#CC79A7", "#56B4E9", "#555555")
+COLOURS = {
+    "hessfree": "#0072B2",
+    "kfac": "#56B4E9",
+    "dense-fisher": "#009E73",
+    "adam": "#D55E00",
+    "soap": "#CC79A7",
+    "lbfgs": "#E69F00",
+}
+OTHERS = ("#555555", "#8C6D31", "#7B4173", "#999999")
 _LABELS = {"seconds": "seconds of training", "samples": "training samples"}
 _INK = "#222222"
 _FAINT = "#BBBBBB"
@@ -54,7 +61,7 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> No
     """One panel: lines with their names at their ends, and where all began."""
     ends: list[tuple[float, float, str, str]] = []
     for index, run in enumerate(runs):
-        colour = COLOURS.get(run.optimizer, _OTHERS[index % len(_OTHERS)])
+        colour = COLOURS.get(run.optimizer, OTHERS[index % len(OTHERS)])
         # A logarithmic axis has no place for the start; the grey line shows its height.
         shown = [(getattr(point, against), point.losses[problem.score]) for point in run.points[1:]]
         shown = [(x, y) for x, y in shown if math.isfinite(y) and y > 0]
@@ -76,12 +83,17 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> No
         fontsize=8,
         color="#777777",
     )
-    _name_lines(axis, ends)
-    _style(axis, against)
+    name_lines(axis, ends)
+    style_axis(axis, against)
 
 
-def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, pushed apart where ends are close, with room at the right."""
+def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each name beside the end of its line, pushed apart where ends are close, with room at the right.
+
+    Args:
+        axis: A matplotlib axis, both scales logarithmic, its lines drawn.
+        ends: x and y of the end of a line, its name and its colour.
+    """
     if not ends:
         return
     left, right = axis.get_xlim()
@@ -107,7 +119,13 @@ def _name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
         )
 
 
-def _style(axis: Any, against: str) -> None:
+def style_axis(axis: Any, against: str) -> None:
+    """Give an axis with two logarithmic scales the grid, labels and ticks of all figures.
+
+    Args:
+        axis: A matplotlib axis, its lines drawn.
+        against: What its x is: "seconds" or "samples".
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xlabel(_LABELS[against])
