@@ -30,7 +30,7 @@ class Batch:
     Attributes:
         x_t: Points, `[n, D]`.
         t: Their times, `[n, 1]`, uniform on [0, 1).
-        u: Velocities x1 - x0 of the paths that pass there, `[n, D]`.
+        u: Velocities to learn, `[n, D]`: x1 - x0 of the path that passes there, unless a function says otherwise.
     """
 
     x_t: Tensor
@@ -41,9 +41,20 @@ class Batch:
         """Give the number of points."""
         return len(self.x_t)
 
-    def __getitem__(self, rows: slice) -> "Batch":
-        """Give some of the rows, as views."""
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        """Give some of the rows, for a slice as views."""
         return Batch(self.x_t[rows], self.t[rows], self.u[rows])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy the rows, where they live elsewhere.
+
+        Args:
+            device: Where they shall live.
+
+        Returns:
+            The rows there.
+        """
+        return Batch(self.x_t.to(device), self.t.to(device), self.u.to(device))
 
 
 def join(x1: Tensor, generator: torch.Generator, device: torch.device | str = "cpu") -> Batch:
@@ -59,7 +70,7 @@ def join(x1: Tensor, generator: torch.Generator, device: torch.device | str = "c
     """
     x0 = torch.randn(x1.shape, generator=generator)
     t = torch.rand(len(x1), 1, generator=generator)
-    return Batch(torch.lerp(x0, x1, t).to(device), t.to(device), (x1 - x0).to(device))
+    return Batch(torch.lerp(x0, x1, t), t, x1 - x0).to(device)
 
 
 def sample_batch(dataset: Dataset, n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Batch:
@@ -84,15 +95,23 @@ class BatchStream:
     rows, noise included, that one with batches of 8192 sees; and small batches do not pay for many small draws.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        device: torch.device | str = "cpu",
+        target: Callable[[Batch], Batch] | None = None,
+    ) -> None:
         """Start the sequence.
 
         Args:
             dataset: Where x1 comes from.
             seed: Fixes the sequence.
             device: Where the batches shall live.
+            target: Replaces the target x1 - x0 in a block of 8192 rows, on the CPU; None: leaves it.
         """
         self._dataset = dataset
+        self._target = target
         self._generator = torch.Generator().manual_seed(seed)
         self._device = device
         self._block: Batch | None = None
@@ -111,7 +130,8 @@ class BatchStream:
         missing = n
         while missing:
             if self._block is None or self._position == _BLOCK:
-                self._block = sample_batch(self._dataset, _BLOCK, self._generator, self._device)
+                block = sample_batch(self._dataset, _BLOCK, self._generator)
+                self._block = (block if self._target is None else self._target(block)).to(self._device)
                 self._position = 0
             part = self._block[self._position : self._position + missing]
             self._position += len(part)
@@ -170,8 +190,7 @@ class Evaluation:
         held_out = join(dataset.holdout(n, generator), generator, device)
         expectation = dataset.conditional_expectation(points.x_t, points.t)
         floor = (points.u - expectation).square().mean().item()
-        points = Batch(points.x_t.to(device), points.t.to(device), points.u.to(device))
-        return cls(points, expectation.to(device), held_out, floor)
+        return cls(points.to(device), expectation.to(device), held_out, floor)
 
     def losses(self, field: Field) -> dict[str, float]:
         """Give both figures.

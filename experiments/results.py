@@ -12,7 +12,10 @@ from experiments.problems import Noisy, Problem
 from experiments.training import Point, Run
 
 _SCORES = {"holdout_loss": "held-out loss"}  # where the name in words is not the key's
-_MEANINGS = {"excess_loss": "Excess loss is what a network adds to it: mean (v - E[u | x_t, t])² on fixed points."}
+_MEANINGS = {
+    "excess_loss": "Excess loss is what a network adds to it: mean (v - E[u | x_t, t])² on fixed points.",
+    "fixed_excess": "Fixed excess is mean (v - E[u | x_t, t])² on the rows of the training, which have no noise.",
+}
 _REFERENCE = "adam"
 
 
