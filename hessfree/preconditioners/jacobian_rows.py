@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,113 +12,133 @@ from torch import Tensor, nn
 from hessfree.preconditioners.base import Sample
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import matrix_of
+from hessfree.preconditioners.sample_rows import Leading, pull_back, sample_rows
 from hessfree.recording import Call
 
 MOST_COLUMNS = 4  # outputs a sample up to which each has a row of its own
 
 
 def jacobian_rows(
-    sample: Sample, count: int, blocks: Sequence[Mapping[str, Any]], diagonal: Mapping[int, Tensor]
-) -> list[dict[str, Tensor]]:
+    sample: Sample, count: int | None, blocks: Sequence[Mapping[str, Any]], diagonal: Mapping[int, Tensor]
+) -> tuple[list[dict[str, Tensor]], bool]:
     """Return rows U such that UᵀU is the Gauss-Newton matrix of the first `count` samples, scaled to all of them.
+
+    Outputs that differ in their number of samples (a residual inside a domain, and one on its boundary) share
+    `count` in proportion, and each has its own rows.
 
     Args:
         sample: The network on the curvature batch.
-        count: How many samples.
+        count: How many samples; None for all.
         blocks: K-FAC's blocks.
         diagonal: By number, the parameters in no block.
 
     Returns:
         For each block, then for each other parameter: `s` `[R, out]` and `a` `[R, in]`, whose outer products are the
         rows of a Linear layer called once on plain samples; or `rows`, `[R, ...]` shaped like the block's matrix.
+        And whether UᵀU is all of G: every sample has a row for each of its outputs.
     """
-    count = min(count, sample.samples)
-    drawn, columns = _leading_cotangents(sample, count)
-    scale = math.sqrt(sample.scale * sample.samples / count)
-    by_factors = {}
+    groups, exact = _leading(sample, count)
+    calls = {number: call for number, block in enumerate(blocks) if (call := _plain_call(sample, block)) is not None}
+    rest = [block for number, block in enumerate(blocks) if number not in calls]
+    indices = sorted({i for b in rest for i in (b["weight"], b["bias"]) if i is not None} | set(diagonal))
+    factored: dict[int, list[dict[str, Tensor]]] = {number: [] for number in calls}
+    explicit: dict[int, list[Tensor]] = {i: [] for i in indices}
+    for group in groups:
+        scale = math.sqrt(sample.scale * group.samples / group.count)
+        for number, found in zip(calls, _factored_rows(sample, calls, blocks, group, scale), strict=True):
+            factored[number].append(found)
+        for i, rows in (sample_rows(sample, indices, group) if indices else {}).items():
+            explicit[i].append(rows * scale)
+    together = {i: torch.cat(rows) for i, rows in explicit.items()}
+    out = []
     for number, block in enumerate(blocks):
-        call = _plain_call(sample, block)
-        if call is not None:
-            by_factors[number] = call
-    edges = [call.outputs[0].edge for call in by_factors.values()]
-    pulled = [_grad(sample, edges, u) for u in columns] if edges else [[] for _ in columns]
-    found: dict[int, dict[str, Tensor]] = {}
-    for k, (number, call) in enumerate(by_factors.items()):
+        if number in calls:
+            out.append({name: torch.cat([found[name] for found in factored[number]]) for name in ("s", "a")})
+        else:
+            out.append({"rows": _as_matrices(block, together)})
+    complete = exact and all(group.count == group.samples for group in groups)
+    return out + [{"rows": together[i]} for i in diagonal], complete
+
+
+def _leading(sample: Sample, count: int | None) -> tuple[list[Leading], bool]:
+    """Return the samples that have rows, and whether their rows are exact rather than of random signs."""
+    space, form = sample.hessian.space, sample.hessian.form
+    if all(shape and shape[0] == sample.samples for shape in space.shapes):
+        exact = space.size <= MOST_COLUMNS * sample.samples and form is not None
+        vectors, _ = cotangents(sample, "exact" if exact else "sampled")
+        count = sample.samples if count is None else min(count, sample.samples)
+        columns = [_masked(sample, u, count) for u in vectors]
+        return [Leading(tuple(range(len(space.shapes))), sample.samples, count, columns)], exact
+    # outputs that share no batch dimension: H is diagonal, or has no structure
+    sizes = [shape[0] if shape else 1 for shape in space.shapes]
+    share = 1.0 if count is None else min(1.0, count / max(sum(sizes), 1))
+    groups, exact = [], form is not None
+    root = form.root(torch.ones(space.size, dtype=space.dtype, device=space.device)) if form is not None else None
+    for k, (size, numel) in enumerate(zip(sizes, space.numels, strict=True)):
+        if numel == 0:
+            continue
+        width = numel // size
+        if root is not None and width <= MOST_COLUMNS:
+            whole = [_column(space.views(root)[k].reshape(size, width), j) for j in range(width)]
+        else:
+            exact = False
+            drawn, _ = cotangents(sample, "sampled")
+            weight = 1.0 if form is not None else math.sqrt(size / sample.samples)
+            whole = [space.views(u)[k].reshape(size, width) * weight for u in drawn]
+        taken = max(1, math.ceil(share * size))
+        columns = []
+        for piece in whole:
+            u = torch.zeros(space.size, dtype=space.dtype, device=space.device)
+            space.views(u)[k].reshape(size, width)[:taken] = piece[:taken]
+            columns.append(u)
+        groups.append(Leading((k,), size, taken, columns))
+    return groups, exact
+
+
+def _column(matrix: Tensor, j: int) -> Tensor:
+    out = torch.zeros_like(matrix)
+    out[:, j] = matrix[:, j]
+    return out
+
+
+def _masked(sample: Sample, u: Tensor, count: int) -> Tensor:
+    kept = [t.clone() for t in sample.hessian.space.views(u)]
+    for t in kept:
+        t[count:] = 0
+    return sample.hessian.space.flatten(kept)
+
+
+def _factored_rows(
+    sample: Sample, calls: Mapping[int, Call], blocks: Sequence[Mapping[str, Any]], group: Leading, scale: float
+) -> Iterator[dict[str, Tensor]]:
+    """Yield s and a of the group's samples for each of `calls`."""
+    if not calls:
+        return
+    edges = [call.outputs[0].edge for call in calls.values()]
+    pulled = [pull_back(sample, edges, u, group.outputs) for u in group.columns]
+    dtype, count = sample.parameters.dtype, group.count
+    for k, (number, call) in enumerate(calls.items()):
         width = call.outputs[0].shape[1]
-        s = torch.cat([drawn.new_zeros(count, width) if (g := p[k]) is None else g[:count] for p in pulled])
-        a = (call.inputs[0] if call.inputs else call.keywords["input"]).detach()[:count].to(sample.parameters.dtype)
+        a = (call.inputs[0] if call.inputs else call.keywords["input"]).detach()[:count].to(dtype)
+        s = torch.cat([a.new_zeros(count, width) if (g := p[k]) is None else g[:count].to(dtype) for p in pulled])
         if blocks[number]["bias"] is not None:
             a = torch.cat([a, a.new_ones(count, 1)], 1)
-        found[number] = {"s": s.to(a.dtype) * scale, "a": a.repeat(len(columns), 1)}
-    rest = [b for number, b in enumerate(blocks) if number not in found]
-    explicit = _explicit_rows(sample, drawn * scale, rest, list(diagonal)) if rest or diagonal else []
-    others = iter(explicit)
-    return [found[i] if i in found else next(others) for i in range(len(blocks))] + list(others)
-
-
-def _leading_cotangents(sample: Sample, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Return one cotangent a row `[R, Z]` (lazily small), and the same summed over samples, one a column."""
-    space = sample.hessian.space
-    exact = space.size <= MOST_COLUMNS * sample.samples and sample.hessian.form is not None
-    vectors, _ = cotangents(sample, "exact" if exact else "sampled")
-    columns = []
-    for u in vectors:
-        kept = [t.clone() for t in space.views(u)]
-        for t in kept:
-            t[count:] = 0
-        columns.append(space.flatten(kept))
-    rows = []
-    for u in columns:
-        single = [u.new_zeros(count, *shape) for shape in space.shapes]
-        for t, piece in zip(single, space.views(u), strict=True):
-            index = torch.arange(count, device=t.device)
-            t[index, index] = piece[:count]
-        rows.append(torch.cat([t.flatten(1) for t in single], 1))
-    return torch.cat(rows), columns
+        yield {"s": s * scale, "a": a.repeat(len(pulled), 1)}
 
 
 def _plain_call(sample: Sample, block: Mapping[str, Any]) -> Call | None:
-    """Return the only call of the block's Linear layer, if its rows are the samples."""
+    """Return the only call of the block's Linear layer, if its rows are the samples of every output."""
     weight = sample.parameters.params[block["weight"]]
     calls = [c for root in sample.calls for c in root.walk() if getattr(c.module, "weight", None) is weight]
     if len(calls) != 1 or not isinstance(calls[0].module, nn.Linear):
+        return None
+    if not all(shape and shape[0] == sample.samples for shape in sample.hessian.space.shapes):
         return None
     shape = calls[0].outputs[0].shape if calls[0].outputs else torch.Size()
     return calls[0] if len(shape) == 2 and shape[0] == sample.samples else None
 
 
-def _grad(sample: Sample, inputs: Sequence[Any], u: Tensor, batched: bool = False) -> list[Tensor | None]:
-    space = sample.hessian.space
-    pieces = [
-        t.reshape(*u.shape[:-1], *shape) for t, shape in zip(u.split(space.numels, -1), space.shapes, strict=True)
-    ]
-    edges = [o.edge for o in sample.outputs]
-    weights = [t.to(dtype) for t, dtype in zip(pieces, space.dtypes, strict=True)]
-    return list(
-        torch.autograd.grad(
-            edges, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-    )
-
-
-def _explicit_rows(
-    sample: Sample, drawn: Tensor, blocks: Sequence[Mapping[str, Any]], others: Sequence[int]
-) -> list[dict[str, Tensor]]:
-    parameters = sample.parameters
-    needed = {i for b in blocks for i in (b["weight"], b["bias"]) if i is not None} | set(others)
-    indices = sorted(needed)
-    params = [parameters.params[i] for i in indices]
-    try:
-        found = _grad(sample, params, drawn, batched=True)
-    except RuntimeError:  # an operation without a batching rule: one row at a time always works
-        single = [_grad(sample, params, u) for u in drawn]
-        found = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
-    rows = {
-        i: p.new_zeros(len(drawn), *p.shape).to(parameters.dtype) if t is None else t.to(parameters.dtype)
-        for i, p, t in zip(indices, params, found, strict=True)
-    }
-    out = []
-    for block in blocks:
-        pieces = [{i: r[k] for i, r in rows.items()} for k in range(len(drawn))]
-        out.append({"rows": torch.stack([matrix_of(block, piece) for piece in pieces])})
-    return out + [{"rows": rows[i]} for i in others]
+def _as_matrices(block: Mapping[str, Any], rows: Mapping[int, Tensor]) -> Tensor:
+    """Return the rows of a block's weight and bias as its matrices."""
+    own = {i: rows[i] for i in (block["weight"], block["bias"]) if i is not None}
+    return torch.func.vmap(lambda *pieces: matrix_of(block, dict(zip(own, pieces, strict=True))))(*own.values())

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import KroneckerBlock, Place, kronecker_inverse
 from hessfree.preconditioners.layers import LAYERS, Part, parts_of
+from hessfree.preconditioners.reach import Uses
 from hessfree.preconditioners.refresh import AveragedRefresh
 from hessfree.recording import Call
 from hessfree.solvers import Map
@@ -30,7 +32,8 @@ class KFAC(AveragedRefresh):
     exactly c times the number of rows, and nothing is sampled or decomposed for it.
 
     The layers are Linear, Conv1d to Conv3d with groups, Embedding, and scale and shift of LayerNorm, GroupNorm and
-    BatchNorm.
+    BatchNorm. A layer whose parameters also act beside what it returns (the loss holds a derivative in its input, as in
+    a physics-informed network) is declined, with a warning, and its parameters have the diagonal: s aᵀ would miss that.
 
     Attributes:
         factors: "sampled": one u of random signs an update. "exact": one u a column of H's root, as many
@@ -80,11 +83,12 @@ class KFAC(AveragedRefresh):
         """
         known = {_place(b): b for b in state.get("blocks", ())}
         updates = state.get("updates", 0) + 1
-        layers = _group(sample)
-        covered = {i for layer in layers for i in (layer.place.weight, layer.place.bias)}
+        layers, declined = _served(sample)
+        covered = {i for layer in layers for i in layer.place.numbers}
+        known = {place: b for place, b in known.items() if not set(place.numbers) & set(declined)}
         # a layer that this batch did not call (stochastic depth) keeps what is known of it
-        resting = [b for place, b in known.items() if not covered & ({place.weight, place.bias} - {None})]
-        covered.update(i for b in resting for i in (b["weight"], b["bias"]))
+        resting = [b for place, b in known.items() if not covered & set(place.numbers)]
+        covered.update(i for b in resting for i in _place(b).numbers)
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
         dtype = sample.parameters.dtype
         inner = [None if self._keeps(layer, known, updates) else layer.inner(dtype) for layer in layers]
@@ -98,7 +102,8 @@ class KFAC(AveragedRefresh):
         diagonal = dict(zip(others, squares, strict=True))
         for i in diagonal.keys() & state.get("diagonal", {}).keys():
             diagonal[i] = torch.lerp(diagonal[i], state["diagonal"][i], keep)
-        return {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal}, warning
+        learned = {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal, "declined": declined}
+        return learned, warning or (_refusal(sample, declined) if declined else None)
 
     def _keeps(self, layer: _Layer, known: Mapping[Place, Mapping[str, Any]], updates: int) -> bool:
         """Tell whether a wide input factor is left as it is at this update."""
@@ -142,7 +147,11 @@ class KFAC(AveragedRefresh):
         layers, others = len(state["blocks"]), len(state["diagonal"])
         power = "" if self.power == 1 else f" to the power {self.power:g}"
         words = f"K-FAC{power} of {layers} layer{'' if layers == 1 else 's'} ({self.factors} factors)"
-        return words if not others else f"{words}, diagonal of {others} other parameter{'' if others == 1 else 's'}"
+        if others:
+            words += f", diagonal of {others} other parameter{'' if others == 1 else 's'}"
+        if state["declined"]:
+            words += f" ({len(state['declined'])} of layers that are differentiated in their input)"
+        return words
 
 
 @dataclasses.dataclass(eq=False)
@@ -220,6 +229,41 @@ def _group(sample: Sample) -> list[_Layer]:
             out = call.outputs[0].edge
             layer.is_output = len(layer.calls) == 1 and (out.node, out.output_nr) in edges
     return list(layers.values())
+
+
+def _served(sample: Sample) -> tuple[list[_Layer], list[int]]:
+    """Return the layers that K-FAC is right for, and the numbers of the parameters of those that it declines."""
+    layers, params, uses, returned = _group(sample), sample.parameters.params, Uses(sample.outputs), _returned(sample)
+    served: list[_Layer] = []
+    declined: set[int] = set()
+    for layer in layers:
+        if any(uses.pass_by(params[i], returned[i]) for i in layer.place.numbers):
+            declined.update(layer.place.numbers)
+        else:
+            served.append(layer)
+    return served, sorted(declined)
+
+
+def _returned(sample: Sample) -> dict[int, list[GradientEdge]]:
+    """Return, by number of a parameter, what the calls of the layers that hold it returned."""
+    found: dict[int, list[GradientEdge]] = {}
+    for call in (call for root in sample.calls for call in root.walk() if call.outputs):
+        held = {p for part in parts_of(call.module) for p in (part.weight, part.bias) if p is not None}
+        for p in held:
+            if p in sample.parameters:
+                found.setdefault(sample.parameters.index_of(p), []).append(call.outputs[0].edge)
+    return found
+
+
+def _refusal(sample: Sample, declined: Sequence[int]) -> str:
+    shapes = ", ".join(str(list(sample.parameters.shapes[i])) for i in declined[:4])
+    shapes += ", ..." if len(declined) > 4 else ""
+    return (
+        f"K-FAC declines layers with parameters of shapes {shapes}: the outputs depend on them beside what the layers "
+        "returned (a derivative in the input inside the loss, as in physics-informed networks, or a weight used by "
+        "hand). They have the diagonal of G instead; Woodbury(samples=...) is exact there for as many samples as it "
+        "is given"
+    )
 
 
 def _measure(

@@ -103,6 +103,11 @@ class Place(NamedTuple):
     groups: int = 1
     transposed: bool = False
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of its parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
 
 def kronecker_inverse(
     blocks: Sequence[Mapping[str, Any]],
@@ -222,11 +227,18 @@ def _eigenform(factor: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
     """Return eigenvalues and eigenvectors of a factor; of a diagonal one, itself and None."""
     if factor.ndim == (1 if groups == 1 else 2):
         return factor.clamp_min(0), None
-    return _eigh(factor)
+    return eigh(factor)
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues, none negative, and eigenvectors; on the host where the device has no eigh."""
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of a positive semi-definite matrix, on the host where the device has no eigh.
+
+    Args:
+        matrix: `[..., n, n]`, symmetric.
+
+    Returns:
+        The eigenvalues `[..., n]`, ascending, those below zero (rounding) as zero; and the eigenvectors as columns.
+    """
     work = matrix.cpu() if matrix.device.type == "mps" else matrix
     try:
         values, vectors = torch.linalg.eigh(work)

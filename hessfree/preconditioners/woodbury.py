@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.jacobian_rows import jacobian_rows
 from hessfree.preconditioners.kfac import KFAC
-from hessfree.preconditioners.kronecker import matrix_of, write_matrix
+from hessfree.preconditioners.kronecker import eigh, matrix_of, write_matrix
 from hessfree.preconditioners.refresh import Refresh, check_count, check_positive
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
@@ -32,7 +32,8 @@ class Woodbury(Refresh):
     `QuadraticModelMomentum`. On streaming data it loses to K-FAC alone.
 
     Attributes:
-        samples: Samples that U is made of: one row an output for up to 4 outputs, else one row of random signs.
+        samples: Samples that U is made of: one row an output for up to 4 outputs, else one row of random signs. None
+            for all: then, up to 4 outputs, M is G + `damping_scale`·λI itself, and K plays no part.
         weight: τ.
         kfac: How K is learned.
         update_every: Steps between updates of both parts.
@@ -40,7 +41,7 @@ class Woodbury(Refresh):
         damping_scale: τK holds `damping_scale`·λ: the preconditioner wants less damping than the system.
     """
 
-    samples: int = 256
+    samples: int | None = 256
     weight: float = 0.1
     kfac: KFAC = KFAC()
     update_every: int = 10
@@ -53,7 +54,8 @@ class Woodbury(Refresh):
             ValueError: A setting is out of range.
         """
         super().__post_init__()
-        check_count(self, "samples")
+        if self.samples is not None:
+            check_count(self, "samples")
         check_positive(self, "weight")
         check_positive(self, "damping_scale")
 
@@ -78,11 +80,15 @@ class Woodbury(Refresh):
             return state, warning
         shifts = sample.shifts or [0.0] * len(sample.parameters.params)
         shifts = [self.damping_scale * s for s in shifts]
-        factor = self.weight * sample.scale
+        rows, complete = jacobian_rows(sample, self.samples, kfac["blocks"], kfac["diagonal"])
+        # K stands for the samples that U does not hold; where there are none, M is G + λI itself
+        factor = 0.0 if complete else self.weight * sample.scale
+        if complete:  # less than the rounding of G would leave the Gram matrix without a Cholesky factor
+            least = torch.finfo(sample.parameters.dtype).eps * sum(_energy(row) for row in rows)
+            shifts = [max(s, least) for s in shifts]
         parts = [_damped(block, factor, shifts[block["weight"]]) for block in kfac["blocks"]]
         for i, d in kfac["diagonal"].items():
             parts.append({"index": i, "inverse": 1 / _positive(factor * d + shifts[i])})
-        rows = jacobian_rows(sample, self.samples, kfac["blocks"], kfac["diagonal"])
         parts = [part | row for part, row in zip(parts, rows, strict=True)]
         gram = torch.stack([_gram(part) for part in parts]).sum(0) if len(parts) > 1 else _gram(parts[0])
         gram.diagonal().add_(1)
@@ -90,7 +96,8 @@ class Woodbury(Refresh):
         if int(failed) or not bool(torch.isfinite(cholesky).all()):
             return state, "the Gram matrix of the Woodbury preconditioner has no Cholesky factor; it stays as it was"
         updates = state.get("updates", 0) + 1
-        return {"updates": updates, "step": step, "kfac": kfac, "parts": parts, "factor": cholesky}, warning
+        learned = {"updates": updates, "step": step, "kfac": kfac, "parts": parts, "factor": cholesky}
+        return learned | {"complete": complete}, warning
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
         """Return r ↦ K'⁻¹r − K'⁻¹Uᵀ(I + U K'⁻¹ Uᵀ)⁻¹ U K'⁻¹ r with K' = τK, as of the last update.
@@ -128,7 +135,8 @@ class Woodbury(Refresh):
         """Return what a report says of it."""
         if not state:
             return "none yet"
-        return f"Woodbury: {state['factor'].shape[0]} rows of the Jacobian on {self.kfac.describe(state['kfac'])}"
+        rows = f"Woodbury: {state['factor'].shape[0]} rows of the Jacobian"
+        return f"{rows} (all samples)" if state["complete"] else f"{rows} on {self.kfac.describe(state['kfac'])}"
 
 
 def _positive(t: Tensor) -> Tensor:
@@ -174,7 +182,12 @@ def _inverse(factor: Tensor, shift: Tensor, groups: int) -> Tensor:
     if _is_diagonal(factor, groups):
         return 1 / (factor + shift)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(factor + shift * eye))
+    cholesky, failed = torch.linalg.cholesky_ex(factor + shift * eye)
+    if not bool(failed.any()):
+        return torch.cholesky_inverse(cholesky)
+    values, vectors = eigh(factor)  # rounding made the factor indefinite by more than its damping
+    least = values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps
+    return (vectors / (values + torch.maximum(shift, least)).unsqueeze(-2)) @ vectors.mT
 
 
 def _part_of(part: Mapping[str, Any], pieces: Sequence[Tensor]) -> Tensor:
@@ -201,6 +214,13 @@ def _gram(part: Mapping[str, Any]) -> Tensor:
         return left.mul_(_times(part["a"], part["inner_inverse"]) @ part["a"].T)
     rows = part["rows"]
     return rows.flatten(1) @ _solve(part, rows).flatten(1).T
+
+
+def _energy(part: Mapping[str, Any]) -> float:
+    """Return the squared Frobenius norm of one block's U."""
+    if "s" in part:
+        return float((part["s"].square().sum(1) * part["a"].square().sum(1)).sum())
+    return float(part["rows"].square().sum())
 
 
 def _project(part: Mapping[str, Any], x: Tensor) -> Tensor:

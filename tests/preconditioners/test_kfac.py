@@ -553,7 +553,7 @@ def test_equals_the_kfac_of_curvlinops(loss: str, together: bool) -> None:
 def test_what_a_report_says() -> None:
     _, state, _, _ = mixed_state()
     assert EXACT.describe(state) == "K-FAC of 2 layers (exact factors), diagonal of 1 other parameter"
-    alone = {"blocks": state["blocks"][:1], "diagonal": {}}
+    alone = {"blocks": state["blocks"][:1], "diagonal": {}, "declined": []}
     assert KFAC().describe(alone) == "K-FAC of 1 layer (sampled factors)"
     assert nn.Linear in KFAC().taps
 
