@@ -21,7 +21,7 @@ from hessfree.optimizer import HessianFree
 from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, Jacobi, Nystrom, Woodbury
 from hessfree.recording import mark_outputs
 from hessfree.report import StepReport
-from hessfree.solvers import CG, DenseCholesky
+from hessfree.solvers import CG, DenseCholesky, EisenstatWalker, RootGradientNorm
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "Armijo",
     "ConstantDamping",
     "DenseCholesky",
+    "EisenstatWalker",
     "EmpiricalFisherDiagonal",
     "FullStep",
     "GaussNewton",
@@ -41,6 +42,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Nystrom",
     "QuadraticModelMomentum",
+    "RootGradientNorm",
     "StepReport",
     "Woodbury",
     "linearize",

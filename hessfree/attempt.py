@@ -5,81 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hessfree.curvature import Curvature, CurvatureBuilder
+from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
+from hessfree.memory import Memory, reduction_ratio
+from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
+from hessfree.operators import Deferred
 from hessfree.recording import Recording
 from hessfree.report import StepReport
 from hessfree.settings import Settings
 from hessfree.solvers import Solution
 from hessfree.vectors import ParameterVector
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupValues:
-    """The settings of the parameter groups, spread out to one number a parameter.
-
-    Attributes:
-        lr: Step length.
-        damping: λ.
-        weight_decay: Coefficient of ½‖θ‖².
-    """
-
-    lr: Sequence[float]
-    damping: Sequence[float]
-    weight_decay: Sequence[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What one step leaves for the next; goes into checkpoints as a plain dict.
-
-    Attributes:
-        step: Steps taken, rejected ones included.
-        replayable: Whether the closure gives the same loss again; None while unknown.
-        verified: Whether the loss after the last accepted step was evaluated.
-        previous_step: The last accepted change of the parameters, `[P]`.
-        preconditioner: What the preconditioner has learned.
-        pending: Where ρ of the last step waits for the next loss: loss (with weight decay) and predicted change.
-    """
-
-    step: int = 0
-    replayable: bool | None = None
-    verified: bool = True
-    previous_step: Tensor | None = None
-    preconditioner: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pending: tuple[float, float] | None = None
-
-
-def reduction_ratio(change: float, predicted: float, loss: Tensor) -> float:
-    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss`."""
-    noise = 10 * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
-    return change / predicted if abs(predicted) > noise else math.nan
-
-
-def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, weight_decay: Sequence[float]) -> float:
-    """Return ρ of the step before, whose loss after it is the loss with which this one begins.
-
-    Args:
-        memory: What the last step left.
-        loss: The recorded loss of this step.
-        parameters: The parameters.
-        weight_decay: One number a parameter.
-
-    Returns:
-        ρ, NaN where nobody asked for it.
-    """
-    if memory.pending is None:
-        return math.nan
-    before, predicted = memory.pending
-    squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
-    return reduction_ratio(float(loss.detach()) + 0.5 * sum(squares) - before, predicted, loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +84,9 @@ class Attempt:
         self._decay = parameters.uniform_or_vector(values.weight_decay)
         self._shifts = [d + w for d, w in zip(values.damping, values.weight_decay, strict=True)]
         self._shift = parameters.uniform_or_vector(self._shifts)
+        self._history = 0 if settings.momentum is None else settings.momentum.history
+        self._built: Curvature | None = None
+        self._seconds = 0.0
         self._facts: dict[str, Any] = {"evaluations": 0, "damping": values.damping[0]}
 
     def run(self) -> Outcome:
@@ -150,21 +96,24 @@ class Attempt:
             What was decided.
         """
         theta = self._parameters.flatten(self._backup)
-        rhs = -(self._parameters.gradients() + self._decay * theta)
-        norm = self._facts["gradient_norm"] = float(rhs.norm())
+        gradient, decayed = self._parameters.gradients(), self._decay * theta
+        norm = self._facts["gradient_norm"] = float((gradient + decayed).norm())
         if not (math.isfinite(self._loss) and math.isfinite(norm)):
             return self._not_finite()
+        self._memory = self._memory.with_gradient(gradient, self._settings.gradient_ema)
+        mean = self._memory.gradient_mean
+        rhs = -((gradient if mean is None else mean) + decayed)
         replayable = self._is_replayable()
-        curvature, learned = self._timed("seconds_setup", self._linearise)
-        direction, solution = self._timed("seconds_solve", self._solve, curvature, learned, rhs)
+        learned = self._timed("seconds_setup", self._learn)
+        direction, solution = self._timed("seconds_solve", self._solve, learned, rhs)
         if solution.failed:
             return self._reject(f"rejected: {solution.status.value}", replayable=replayable)
         step = self._lr * direction.value
-        terms = self._model_terms(curvature, direction, step, theta)
+        terms = self._timed("seconds_solve", self._model_along, direction, step, theta, rhs)
         shorter = self._shortening(terms)
         if shorter < 1:
             step, terms = shorter * step, terms.scaled(shorter)
-        if not all(math.isfinite(t) for t in dataclasses.astuple(terms)):
+        if not terms.finite:
             return self._reject("rejected: the step is not finite", replayable=replayable)
         found = self._search(step, terms.slope) if replayable else Found(1.0, math.nan, True, "accepted")
         alpha = found.step_length
@@ -186,64 +135,100 @@ class Attempt:
         pending = None
         if self._settings.damping_rule.wants_next_loss(self._number):
             pending = (self._loss + 0.5 * float(theta @ (self._decay * theta)), predicted)
-        memory = Memory(self._number, replayable, math.isfinite(found.loss), taken, learned, pending)
+        known = self._memory.steps[: max(self._history - 1, 0)]
+        memory = dataclasses.replace(
+            self._memory,
+            step=self._number,
+            replayable=replayable,
+            verified=math.isfinite(found.loss),
+            previous_step=taken,
+            preconditioner=learned,
+            pending=pending,
+            solver=solution.memory,
+            earlier_steps=known,
+        )
         return Outcome(memory, self._report(True, found.why), ratio)
 
     def restore(self) -> None:
         """Put the parameters back, bit for bit."""
         self._parameters.restore(self._backup)
 
-    def _linearise(self) -> tuple[Curvature, dict[str, Any]]:
-        settings, learned = self._settings, self._memory.preconditioner
-        seed = (settings.seed * 1_000_003 + self._number) % 2**63
+    def _curvature(self) -> Curvature:
+        """Return the curvature at θ, set up when something first asks for it: many a step does without."""
+        if self._built is None:
+            self._built = self._timed("seconds_setup", self._linearise)
+        return self._built
+
+    def _linearise(self) -> Curvature:
+        seed = (self._settings.seed * 1_000_003 + self._number) % 2**63
         curvature = self._builder.build(
             self._recording, self._parameters, seed, self._warn, self._scale, self._shifts
         )
-        if settings.preconditions:
-            if curvature.sample is not None and settings.preconditioner.due(learned, self._number):
-                learned, warning = settings.preconditioner.update(learned, curvature.sample(), self._number)
+        self._facts |= {"backend": curvature.backend, "cut": curvature.cut, "curvature_samples": curvature.samples}
+        return curvature
+
+    def _learn(self) -> dict[str, Any]:
+        """Return what the preconditioner knows, updated where that is due."""
+        settings, learned = self._settings, self._memory.preconditioner
+        if not settings.preconditions:
+            return learned
+        if settings.preconditioner.due(learned, self._number):
+            sample = self._curvature().sample
+            if sample is not None:
+                learned, warning = settings.preconditioner.update(learned, sample(), self._number)
                 if warning is not None:
                     self._warn(warning)
-            self._facts["preconditioner"] = settings.preconditioner.describe(learned)
-        self._facts |= {"backend": curvature.backend, "cut": curvature.cut, "curvature_samples": curvature.samples}
-        return curvature, learned
+        self._facts["preconditioner"] = settings.preconditioner.describe(learned)
+        return learned
 
-    def _solve(self, curvature: Curvature, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
-        """Return the direction with its product G d, damping taken off, and what the solver said."""
+    def _solve(self, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
+        """Return the direction with its product G d (damping taken off) if it is known, and what the solver said."""
         settings, shift = self._settings, self._shift
-        operator = curvature.operator.scaled(self._scale)
+        operator = Deferred(self._parameters, lambda: self._curvature().operator.scaled(self._scale))
         precondition = None
         if settings.preconditions:
             precondition = settings.preconditioner.inverse(learned, self._parameters, self._scale, self._shifts)
-        solution = settings.solver.solve(operator, rhs, shift, precondition)
-        self._facts |= {
-            "iterations": solution.iterations,
-            "residual": solution.residuals[-1],
-            "residuals": solution.residuals,
-            "solver_status": solution.status.value,
-        }
-        direction = Direction(solution.value, rhs - solution.residual)
+        solution = settings.solver.solve(operator, rhs, shift, precondition, memory=self._memory.solver)
+        self._facts |= {"iterations": solution.iterations, "solver_status": solution.status.value}
+        if solution.residuals:
+            self._facts |= {"residual": solution.residuals[-1], "residuals": solution.residuals}
+        residual = solution.residual
+        direction = Direction(solution.value, None if residual is None else rhs - residual)
         if settings.momentum is not None and not solution.failed:
-            direction = settings.momentum.combine(operator, rhs, shift, solution, self._memory.previous_step)
+            direction = settings.momentum.combine(operator, rhs, shift, solution, self._memory.steps)
+        if direction.product is None:
+            return direction, solution
         return direction._replace(product=direction.product - shift * direction.value), solution
 
-    def _model_terms(self, curvature: Curvature, direction: Direction, step: Tensor, theta: Tensor) -> _ModelTerms:
-        if isinstance(self._lr, Tensor):  # groups of different lr turn the direction, and its product is another
-            product = curvature.operator.matvec(step)
-        else:
-            product = direction.product * (self._lr / self._scale)
-        decayed = self._decay * step
-        gradient = self._recording.gradient
-        numbers = (gradient @ step, step @ product, theta @ decayed, step @ decayed, step.norm())
-        return _ModelTerms(*torch.stack(numbers).tolist())
+    def _model_along(self, direction: Direction, step: Tensor, theta: Tensor, rhs: Tensor) -> ModelAlong:
+        decayed, gradient = self._decay * step, self._recording.gradient
+        numbers = [gradient @ step, theta @ decayed, step @ decayed, step.norm(), rhs @ (self._lr * step)]
+        product = self._product(direction, step)
+        if product is not None:
+            numbers.append(step @ product)
+        return ModelAlong(*torch.stack(numbers).tolist())
 
-    def _shortening(self, terms: _ModelTerms) -> float:
+    def _product(self, direction: Direction, step: Tensor) -> Tensor | None:
+        """Return G_rec s; None where it would cost a product that nobody asks for."""
+        # groups of different lr turn the direction, and its product is another
+        if direction.product is not None and not isinstance(self._lr, Tensor):
+            return direction.product * (self._lr / self._scale)
+        settings, rule = self._settings, self._settings.damping_rule
+        judged = rule.wants_ratio(self._number) or rule.wants_next_loss(self._number)
+        measured = settings.max_step_norm is not None and settings.step_norm == "curvature"
+        return self._curvature().operator.matvec(step) if judged or measured else None
+
+    def _shortening(self, terms: ModelAlong) -> float:
         """Return the factor that brings the step down to `max_step_norm`."""
         limit = self._settings.max_step_norm
         if limit is None:
             return 1.0
-        curved = self._settings.step_norm == "curvature"
-        length = math.sqrt(max(terms.bend * self._scale, 0.0)) if curved else terms.norm
+        length = terms.norm
+        if self._settings.step_norm == "curvature":
+            assert terms.bend is not None
+            length = math.sqrt(max(terms.bend * self._scale, 0.0))
+        elif self._settings.step_norm == "preconditioner":
+            length = math.sqrt(abs(terms.metric))
         return limit / length if length > limit else 1.0
 
     def _search(self, step: Tensor, slope: float) -> Found:
@@ -294,7 +279,8 @@ class Attempt:
             return self._reject(why)
         self._parameters.take_step(self._backup, -previous)
         outcome = self._reject(f"{why}; the step before, which led here, is taken back")
-        return dataclasses.replace(outcome, memory=dataclasses.replace(outcome.memory, previous_step=None))
+        memory = dataclasses.replace(outcome.memory, previous_step=None, earlier_steps=())
+        return dataclasses.replace(outcome, memory=memory)
 
     def _reject(self, why: str, ratio: float = math.nan, replayable: bool | None = None) -> Outcome:
         self._recording.after.restore()
@@ -303,41 +289,18 @@ class Attempt:
             buffers.restore()
         if replayable is None:
             replayable = self._memory.replayable
-        # what was pending has been judged by this step's loss, and is not to be judged twice
-        memory = dataclasses.replace(self._memory, step=self._number, replayable=replayable, pending=None)
+        memory = self._memory.after_rejection(self._number, replayable)
         return Outcome(memory, self._report(False, why), ratio)
 
     def _report(self, accepted: bool, why: str) -> StepReport:
         return StepReport(step=self._number, accepted=accepted, status=why, loss=self._loss, **self._facts)
 
     def _timed(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        started = time.perf_counter()
+        """Call `function` and add its seconds to `name`, without those of timed calls inside it."""
+        started, counted = time.perf_counter(), self._seconds
         try:
             return function(*args)
         finally:
-            self._facts[name] = self._facts.get(name, 0.0) + time.perf_counter() - started
-
-
-@dataclasses.dataclass(frozen=True)
-class _ModelTerms:
-    """The quadratic model of the recorded loss along s, and the weight decay's exact quadratic."""
-
-    slope: float  # g_recᵀ s
-    bend: float  # sᵀ G_rec s
-    decay_slope: float
-    decay_bend: float
-    norm: float  # ‖s‖
-
-    def scaled(self, factor: float) -> _ModelTerms:
-        """Return the model along `factor` times the step."""
-        square = factor**2
-        decay = factor * self.decay_slope, square * self.decay_bend
-        return _ModelTerms(factor * self.slope, square * self.bend, *decay, factor * self.norm)
-
-    def decay_change(self, alpha: float) -> float:
-        """Return the exact change of the weight decay's ½‖θ‖² term at θ + α s."""
-        return alpha * self.decay_slope + 0.5 * alpha**2 * self.decay_bend
-
-    def predicted(self, alpha: float) -> float:
-        """Return the predicted change of loss and weight decay at θ + α s."""
-        return alpha * self.slope + 0.5 * alpha**2 * self.bend + self.decay_change(alpha)
+            own = time.perf_counter() - started - (self._seconds - counted)
+            self._seconds += own
+            self._facts[name] = self._facts.get(name, 0.0) + own

@@ -1,8 +1,9 @@
-"""Momentum without a rate to tune: the exact minimiser of the quadratic model over two directions."""
+"""Momentum without a rate to tune: the exact minimiser of the quadratic model over a few directions."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,18 +18,28 @@ class Direction(NamedTuple):
 
     Attributes:
         value: d, `[P]`.
-        product: (A + D) d, `[P]`.
+        product: (A + D) d, `[P]`; None where nothing so far has taken it.
     """
 
     value: Tensor
-    product: Tensor
+    product: Tensor | None
 
 
 class Momentum(Protocol):
-    """Combines the solver's direction with the previous step."""
+    """Combines the solver's direction with previous steps."""
+
+    @property
+    def history(self) -> int:
+        """How many previous steps `combine` wants."""
+        ...
 
     def combine(
-        self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, previous: Tensor | None
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        shift: float | Tensor,
+        solution: Solution,
+        previous: Sequence[Tensor],
     ) -> Direction:
         """Return the direction to take.
 
@@ -37,7 +48,7 @@ class Momentum(Protocol):
             rhs: b, `[P]`.
             shift: The diagonal of D: a number, or `[P]`.
             solution: What the solver found for (A + D) x = b.
-            previous: The previous step, `[P]`; None at first.
+            previous: The previous steps, each `[P]`, the last one first; fewer than `history` at first.
 
         Returns:
             The direction.
@@ -47,13 +58,37 @@ class Momentum(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticModelMomentum:
-    """Minimise m(d) = ½ dᵀ(A + D)d − bᵀd over span{x, previous step} (Martens & Grosse 2015, sec. 7).
+    """Minimise m(d) = ½ dᵀ(A + D)d − bᵀd over span{x, previous steps} (Martens & Grosse 2015, sec. 7).
 
-    One product more a step; the solver's own x needs none, since (A + D)x = b − r.
+    One product more a step for each previous step. Products of earlier steps are of no use: A is the curvature at
+    other parameters then, on fixed data too. The solver's own x needs none where it knows its residual r:
+    (A + D)x = b − r.
+
+    Attributes:
+        history: Previous steps; 1 is the method of the source.
     """
 
+    history: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the setting.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+        if not (isinstance(self.history, int) and self.history >= 1):
+            raise ValueError(
+                f"history={self.history!r} is the number of previous steps: choose an integer, 1 or more, "
+                "or momentum=None for none"
+            )
+
     def combine(
-        self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, previous: Tensor | None
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        shift: float | Tensor,
+        solution: Solution,
+        previous: Sequence[Tensor],
     ) -> Direction:
         """Return the minimiser (see `Momentum.combine`).
 
@@ -62,18 +97,16 @@ class QuadraticModelMomentum:
             rhs: b, `[P]`.
             shift: The diagonal of D: a number, or `[P]`.
             solution: What the solver found for (A + D) x = b.
-            previous: The previous step, `[P]`; None at first.
+            previous: The previous steps, each `[P]`, the last one first; fewer than `history` at first.
 
         Returns:
-            The direction; the solver's own where the previous step adds nothing.
+            The direction; the solver's own where the previous steps add nothing.
         """
-        directions = [solution.value]
-        products = [rhs - solution.residual]
-        if previous is not None:
-            directions.append(previous)
-            products.append(operator.matvec(previous) + shift * previous)
+        directions = [solution.value, *previous[: self.history]]
+        products = [solution.product(operator, rhs, shift)]
+        products += [operator.matvec(step) + shift * step for step in directions[1:]]
         d, ad = torch.stack(directions), torch.stack(products)
-        # the 2x2 system is solved on the host in double precision: its two directions are often nearly parallel
+        # this small system is solved on the host in double precision: its directions are often nearly parallel
         system = torch.cat([d @ ad.T, (d @ rhs)[:, None]], 1).to("cpu").double()
         matrix, b = 0.5 * (system[:, :-1] + system[:, :-1].T), system[:, -1]
         weights = _minimiser(matrix, b, 10 * torch.finfo(rhs.dtype).eps)

@@ -7,17 +7,19 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from hessfree.attempt import Attempt, GroupValues, Memory, ratio_of_last
+from hessfree.attempt import Attempt
 from hessfree.curvature import CurvatureBuilder
 from hessfree.damping import DampingRule, LevenbergMarquardt
+from hessfree.groups import GroupValues, check_groups, spread
 from hessfree.line_search import FullStep, LineSearch
+from hessfree.memory import Memory, ratio_of_last
 from hessfree.momentum import Momentum, QuadraticModelMomentum
 from hessfree.preconditioners import KFAC, Preconditioner, Woodbury
 from hessfree.recording import (
@@ -31,11 +33,10 @@ from hessfree.recording import (
     twice_differentiable,
 )
 from hessfree.report import StepReport
-from hessfree.settings import Settings
+from hessfree.settings import Settings, StepNorm
 from hessfree.solvers import CG, Solver
 from hessfree.vectors import ParameterVector
 
-NUMBERS = ("lr", "damping", "weight_decay")
 MEMORY = "hessfree"  # the one string key in `state`: torch casts what stands under a parameter to its dtype
 
 
@@ -69,7 +70,8 @@ class HessianFree(Optimizer):
         linearization: str = "auto",
         seed: int = 0,
         max_step_norm: float | None = None,
-        step_norm: Literal["euclidean", "curvature"] = "euclidean",
+        step_norm: StepNorm = "euclidean",
+        gradient_ema: float = 0.0,
     ) -> None:
         """Set up the optimizer.
 
@@ -90,7 +92,10 @@ class HessianFree(Optimizer):
             linearization: Back end of the products: "auto", "graph" or "functional".
             seed: For the preconditioner's random cotangents.
             max_step_norm: Shorten steps s longer than this; None does not.
-            step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs).
+            step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs), "preconditioner" is √(sᵀMs),
+                which takes no product (see `Settings`).
+            gradient_ema: β of a moving average of the gradients, which stands for the gradient in the linear system;
+                0 does without. It goes on through rejected steps, or a stale mean would be tried for ever.
         """
         self.settings = Settings(
             model=model,
@@ -104,13 +109,14 @@ class HessianFree(Optimizer):
             seed=seed,
             max_step_norm=max_step_norm,
             step_norm=step_norm,
+            gradient_ema=gradient_ema,
         )
         self.accumulated_batches: int | None = None
         self.last_step: StepReport | None = None
         super().__init__(params, {"lr": lr, "damping": damping, "weight_decay": weight_decay})
         self._prepare()
         self._trainable()
-        self._check_groups()
+        check_groups(self.param_groups)
 
     @classmethod
     def stochastic(cls, params: Any, **changes: Any) -> Self:
@@ -185,7 +191,7 @@ class HessianFree(Optimizer):
             )
         _check_one_process()
         parameters = self._trainable()
-        self._check_groups()
+        check_groups(self.param_groups)
         started, seen = time.perf_counter(), self._counter.total
         tree = CallTree(self._owners, parameters.device, self._builder.keeps_inputs, self._builder.keeps_value)
         recording = record(closure, parameters, tree, stale=self._counter.highest() == 0)
@@ -263,7 +269,7 @@ class HessianFree(Optimizer):
         if known is not None and known.describes(params):
             return known
         if known is not None:
-            self._memory = dataclasses.replace(self._memory, previous_step=None, preconditioner={})
+            self._memory = self._memory.for_other_parameters()
         self._parameters = ParameterVector(params)
         self._owners = Owners(self._parameters)
         self._counter.watch(self._parameters.params)
@@ -272,12 +278,6 @@ class HessianFree(Optimizer):
             self._owners, settings.model, settings.linearization, settings.curvature_batch, settings.taps
         )
         return self._parameters
-
-    def _check_groups(self) -> None:
-        for group in self.param_groups:
-            for name in NUMBERS:
-                if not 0 <= float(group[name]) < math.inf:
-                    raise ValueError(f"{name}={group[name]!r} must be finite, and 0 or more")
 
     def _check_recording(self, recording: Recording, seen: int) -> None:
         if self._counter.total == seen:
@@ -289,15 +289,10 @@ class HessianFree(Optimizer):
         if shapes and all(0 in shape for shape in shapes):
             raise ValueError(f"the batch is empty: the outputs of the network have shapes {shapes}; skip such batches")
 
-    def _spread(self, values: Sequence[float]) -> list[float]:
-        """Turn one number a group into one a parameter."""
-        pairs = zip(values, self.param_groups, strict=True)
-        return [float(value) for value, group in pairs for p in group["params"] if p.requires_grad]
-
     def _damping_after_last(self, recording: Recording, parameters: ParameterVector) -> list[float]:
         """Return λ of each group, after the step before has been judged by the loss of this one, if it is to be."""
         damping = [float(group["damping"]) for group in self.param_groups]
-        decay = self._spread([group["weight_decay"] for group in self.param_groups])
+        decay = spread([group["weight_decay"] for group in self.param_groups], self.param_groups)
         ratio = ratio_of_last(self._memory, recording.loss, parameters, decay)
         if math.isnan(ratio):
             return damping
@@ -313,10 +308,9 @@ class HessianFree(Optimizer):
             finally:
                 self._replaying = False
 
-        lr, decay = ([group[name] for group in self.param_groups] for name in ("lr", "weight_decay"))
         return Attempt(
             self.settings,
-            GroupValues(*(self._spread(values) for values in (lr, damping, decay))),
+            GroupValues.of(self.param_groups, damping),
             self._memory,
             recording,
             parameters,

@@ -20,18 +20,18 @@ class StepReport:
         status: In words: what happened, and why where the step was rejected.
         loss: Recorded loss before the step.
         loss_after: Recorded loss after the step, on the same batch and random numbers.
-        predicted_change: Change of the recorded loss that the quadratic model predicts, <= 0.
+        predicted_change: Change of the recorded loss that the quadratic model predicts.
         reduction_ratio: Actual over predicted change of the loss (Martens 2010, sec. 4.1).
         damping: lambda of the first parameter group that this step solved with.
         next_damping: lambda that the next step will use.
-        gradient_norm: Euclidean norm of the right-hand side (gradient plus weight decay).
+        gradient_norm: Euclidean norm of gradient plus weight decay, at this step alone.
         step_norm: Euclidean norm of the change of the parameters (0 where rejected).
         step_length: Factor that the line search chose (times lr gives the change).
         iterations: Iterations of the solver.
-        residual: Final relative residual ‖b − Ax‖/‖b‖ of the solver.
-        residuals: The relative residual before the first and after each iteration.
+        residual: Final relative residual ‖b − Ax‖/‖b‖ of the solver; NaN where it took no product.
+        residuals: The relative residual before the first and after each iteration; empty likewise.
         solver_status: In words: why the solver stopped.
-        backend: Which linearisation made the products.
+        backend: Which linearisation made the products; "none" where the step needed no curvature.
         cut: In words: where the network ends and the loss begins.
         preconditioner: In words: what preconditioned the solver.
         curvature_samples: Samples in the curvature batch (0 where the outputs have no batch dimension).
@@ -76,6 +76,8 @@ class StepReport:
         if self.iterations or not math.isnan(self.residual):
             plural = "" if self.iterations == 1 else "s"
             parts.append(f"{self.iterations} iteration{plural} to residual {self.residual:.2g}: {self.solver_status}")
+        elif self.solver_status != "not run":
+            parts.append(self.solver_status)
         changed = "" if f"{self.next_damping:.2g}" == f"{self.damping:.2g}" else f" -> {self.next_damping:.2g}"
         parts.append(f"lambda {self.damping:.2g}{changed}, |step| {self.step_norm:.2g}")
         if self.backend != "none":

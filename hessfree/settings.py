@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from hessfree.linearization import check_backend
 from hessfree.momentum import Momentum
 from hessfree.preconditioners import Preconditioner
 from hessfree.solvers import Solver
+
+StepNorm = Literal["euclidean", "curvature", "preconditioner"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Settings:
         seed: For the preconditioner's random cotangents.
         max_step_norm: Shorten steps s longer than this; None does not.
         step_norm: "euclidean": ‖s‖. "curvature": √(sᵀGs), in the units of the square root of the loss.
+            "preconditioner": lr·√|bᵀd| for s = lr·d, which takes no product. It is √(sᵀMs) where d = M⁻¹b (the
+            trust region of Ba, Grosse & Martens 2017), and √(sᵀ(G + λI)s) for an iterate d of CG from zero.
+        gradient_ema: β of a moving average of the gradients, in the place of the gradient in b; 0 does without.
     """
 
     model: nn.Module | None
@@ -45,7 +50,8 @@ class Settings:
     linearization: str
     seed: int
     max_step_norm: float | None = None
-    step_norm: Literal["euclidean", "curvature"] = "euclidean"
+    step_norm: StepNorm = "euclidean"
+    gradient_ema: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -59,8 +65,13 @@ class Settings:
             raise ValueError(f"seed={self.seed!r} must be an integer")
         if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:
             raise ValueError(f"max_step_norm={self.max_step_norm!r} must be positive and finite, or None")
-        if self.step_norm not in {"euclidean", "curvature"}:
-            raise ValueError(f"step_norm={self.step_norm!r} must be 'euclidean' or 'curvature'")
+        if self.step_norm not in get_args(StepNorm):
+            raise ValueError(f"step_norm={self.step_norm!r} must be 'euclidean', 'curvature' or 'preconditioner'")
+        if not 0 <= self.gradient_ema < 1:
+            raise ValueError(
+                f"gradient_ema={self.gradient_ema!r} is the decay of a mean of gradients: choose 0 <= it < 1, "
+                "for example 0.9, or 0 for none"
+            )
         if not (self.model is None or isinstance(self.model, nn.Module)):
             raise ValueError(f"model={self.model!r} must be a torch.nn.Module or None")
         _check_has("solver", self.solver, "solve", "hessfree.CG(max_iterations=10)")

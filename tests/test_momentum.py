@@ -1,4 +1,4 @@
-"""The minimiser over span{x, previous step} against dense algebra in double precision."""
+"""The minimiser over span{x, previous steps} against dense algebra in double precision."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def combine(
     operator = DenseOperator(matrix)
     solution = CG(max_iterations=iterations).solve(operator, rhs, shift)
     before = operator.products
-    direction = MOMENTUM.combine(operator, rhs, shift, solution, previous)
-    assert operator.products - before == (previous is not None)  # the solver's own direction costs none
+    direction = MOMENTUM.combine(operator, rhs, shift, solution, () if previous is None else (previous,))
+    # the solver's own direction costs none, unless the solver took none
+    assert operator.products - before == (previous is not None) + (solution.residual is None)
+    assert direction.product is not None
     error = (direction.product - matrix @ direction.value - shift * direction.value).norm()
     assert float(error) <= 1e-4 * float(direction.product.norm() + rhs.norm())
     own, found = (model_value(matrix, rhs, shift, x) for x in (solution.value, direction.value))
@@ -99,5 +101,5 @@ def test_an_indefinite_model_never_makes_the_direction_worse(seed: int) -> None:
 def test_a_previous_product_that_is_not_finite_is_left_out(bad: float) -> None:
     solution = CG(max_iterations=3).solve(DenseOperator(MATRIX), RHS, 0.1)
     spoiled = DenseOperator(MATRIX, lambda _, product: product * bad)
-    found = MOMENTUM.combine(spoiled, RHS, 0.1, solution, vector(SIZE, seed=6))
+    found = MOMENTUM.combine(spoiled, RHS, 0.1, solution, (vector(SIZE, seed=6),))
     assert torch.equal(found.value, solution.value)

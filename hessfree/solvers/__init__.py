@@ -3,5 +3,16 @@
 from hessfree.solvers.base import Map, Solution, Solver, Status
 from hessfree.solvers.cg import CG
 from hessfree.solvers.dense import DenseCholesky
+from hessfree.solvers.forcing import EisenstatWalker, Forcing, RootGradientNorm
 
-__all__ = ["CG", "DenseCholesky", "Map", "Solution", "Solver", "Status"]
+__all__ = [
+    "CG",
+    "DenseCholesky",
+    "EisenstatWalker",
+    "Forcing",
+    "Map",
+    "RootGradientNorm",
+    "Solution",
+    "Solver",
+    "Status",
+]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Status(enum.Enum):
     DIRECT = "solved directly"
     SHIFTED = "solved directly with more damping, without which the matrix is not positive definite"
     PRECONDITIONER = "the preconditioner alone"
+    REUSED = "the preconditioner alone, step length reused"
     NEGATIVE_CURVATURE = "non-positive curvature; raise damping"
     NON_FINITE = "a product or the preconditioner gave a number that is not finite"
     INDEFINITE = "the preconditioner is not positive definite"
@@ -36,26 +37,43 @@ class Solution:
     Attributes:
         value: x, `[P]`; finite, and with m(x) no greater than at the start (which the preconditioner alone
             does not look at).
-        residual: b − (A + D)x, `[P]`.
+        residual: b − (A + D)x, `[P]`; None where the solver took no product from which to know it.
         status: Why the solver stopped.
         iterations: Iterations begun; where the last could not be finished, x is that of the one before.
-        residuals: ‖b − (A + D)x‖ / ‖b‖ before the first and after each iteration.
+        residuals: ‖b − (A + D)x‖ / ‖b‖ before the first and after each iteration; empty without `residual`.
+        memory: What the solver's next call may be given: plain numbers, and tensors.
     """
 
     value: Tensor
-    residual: Tensor
+    residual: Tensor | None
     status: Status
     iterations: int
     residuals: tuple[float, ...]
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
         """Whether the numbers broke down, or there is nothing to step along."""
         return self.status is Status.NON_FINITE or (self.status is Status.INDEFINITE and self.iterations == 0)
 
+    def product(self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor) -> Tensor:
+        """Return (A + D) x `[P]`, which is b − r, or else takes a product.
+
+        Args:
+            operator: A, as it was given to the solver.
+            rhs: b, likewise.
+            shift: The diagonal of D, likewise.
+
+        Returns:
+            The product.
+        """
+        if self.residual is None:
+            return operator.matvec(self.value) + shift * self.value
+        return rhs - self.residual
+
 
 class Solver(Protocol):
-    """Solves (A + D) x = b.
+    """Solves (A + D) x = b. It holds settings only: what one call leaves for the next is in `Solution.memory`.
 
     Attributes:
         uses_preconditioner: Whether `solve` looks at its preconditioner at all.
@@ -73,6 +91,7 @@ class Solver(Protocol):
         shift: float | Tensor,
         precondition: Map | None = None,
         start: Tensor | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> Solution:
         """Solve (A + diag(shift)) x = rhs.
 
@@ -81,7 +100,8 @@ class Solver(Protocol):
             rhs: b, `[P]`.
             shift: The diagonal of D: a number, or `[P]`.
             precondition: Multiplies by an approximation of (A + D)⁻¹.
-            start: First iterate, `[P]`; zero if None.
+            start: First iterate, `[P]`; None leaves it to the solver.
+            memory: `Solution.memory` of the last call; None or empty at first.
 
         Returns:
             The solution.

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hessfree.operators import LinearOperator
 from hessfree.solvers.base import Map, Solution, Status
+from hessfree.solvers.forcing import Forcing
+from hessfree.solvers.iterations import Row, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,30 +28,66 @@ class CG:
 
     Attributes:
         max_iterations: At most so many products; 0 gives the preconditioned right-hand side itself (with
-            K-FAC: a K-FAC step), of the length that the preconditioner gives it.
-        tolerance: Stop when ‖r‖/‖b‖ falls below it; None never does.
+            K-FAC: a K-FAC step), of the length that the preconditioner gives it, and takes no product at all.
+        tolerance: Stop when ‖r‖/‖b‖ falls below it; None never does. A `Forcing` (`EisenstatWalker()`) chooses
+            it anew at every solve.
         progress: Stop when the relative progress of the quadratic model over the last k = max(10, i/10)
             iterations falls below k times it (Martens 2010, sec. 4.4); None never does; "auto" is 5e-4, or
             None where `tolerance` is given.
+        warm_start: Start from so many times the last solution (Martens 2010, sec. 4.5; 0.95 in Martens & Sutskever
+            2012), or from zero where that is better; 0 always starts from zero. Costs one more product.
+        replace_residual: Compute the residual as b − (A + D)x, one more product each time, where its recurrence has
+            drifted from it (van der Vorst & Ye 2000): x then gets as accurate as the products are. For long solves
+            from far starts in low precision; an accelerator is waited for at every iteration.
+        every: Iterate at every so many solves only. Between them the solution is α z with the step length α that
+            the last iteration found along its own z = M⁻¹b, and takes no product. Needs `max_iterations=1`.
     """
 
     max_iterations: int = 250
-    tolerance: float | None = None
+    tolerance: float | Forcing | None = None
     progress: float | Literal["auto"] | None = "auto"
+    warm_start: float = 0.0
+    replace_residual: bool = False
+    every: int = 1
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            ValueError: A setting is out of range.
+            ValueError: A setting is out of range, or does not go with another.
         """
         if not (isinstance(self.max_iterations, int) and self.max_iterations >= 0):
             raise ValueError(f"max_iterations={self.max_iterations!r} must be an integer, 0 or more")
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance={self.tolerance!r} is relative to the right-hand side: choose 0 <= it < 1")
+        if isinstance(self.tolerance, int | float):
+            if not 0 <= self.tolerance < 1:
+                raise ValueError(f"tolerance={self.tolerance!r} is relative to the right-hand side: choose 0 <= it < 1")
+        elif self.tolerance is not None and (
+            isinstance(self.tolerance, type) or not callable(getattr(self.tolerance, "tolerance", None))
+        ):
+            raise ValueError(
+                f"tolerance={self.tolerance!r} has no method tolerance(); pass a number, None, or an object such as "
+                "hessfree.EisenstatWalker()"
+            )
         chosen = self.progress is None or self.progress == "auto"
         if not chosen and not (isinstance(self.progress, float) and 0 < self.progress < 1):
             raise ValueError(f"progress={self.progress!r} must be a number between 0 and 1, 'auto' or None")
+        if not 0 <= self.warm_start <= 1:
+            raise ValueError(
+                f"warm_start={self.warm_start!r} is a factor on the last solution: choose 0 <= it <= 1, "
+                "for example 0.95"
+            )
+        if not isinstance(self.replace_residual, bool):
+            raise ValueError(
+                f"replace_residual={self.replace_residual!r} must be True or False: when to replace is found by itself"
+            )
+        if not (isinstance(self.every, int) and self.every >= 1):
+            raise ValueError(f"every={self.every!r} must be an integer, 1 or more")
+        if self.every > 1 and (self.max_iterations != 1 or self.warm_start > 0):
+            raise ValueError(
+                f"every={self.every!r} reuses the one step length of a solve of one iteration from zero, but "
+                f"max_iterations={self.max_iterations!r} and warm_start={self.warm_start!r}: "
+                "choose max_iterations=1 and warm_start=0, or every=1"
+            )
 
     @property
     def uses_preconditioner(self) -> bool:
@@ -63,6 +101,7 @@ class CG:
         shift: float | Tensor,
         precondition: Map | None = None,
         start: Tensor | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> Solution:
         """Solve (A + diag(shift)) x = rhs, never returning anything worse than the start.
 
@@ -71,25 +110,48 @@ class CG:
             rhs: b, `[P]`.
             shift: The diagonal of D: a number, or `[P]`.
             precondition: Multiplies by an approximation of (A + D)⁻¹, symmetric and positive definite.
-            start: First iterate, `[P]`; zero if None.
+            start: First iterate, `[P]`; None starts from `memory` (see `warm_start`), or zero.
+            memory: `Solution.memory` of the last call; None or empty at first.
 
         Returns:
             The solution. On an accelerator the host waits once, at the end, unless a stopping rule
             needs a number at every iteration.
         """
-        run = _Run(operator, rhs, shift, precondition, start)
+        memory = memory or {}
+        if self.every > 1 and memory.get("reused", self.every) < self.every - 1:
+            return self._reused(rhs, precondition, memory)
+        warm = start is None and self.warm_start > 0 and "solution" in memory
+        if warm:
+            start = self.warm_start * memory["solution"]
+        run = Run(operator, rhs, shift, precondition, start, warm, self.replace_residual)
         if self.max_iterations == 0:
-            return run.preconditioned()
-        waits = self._waits(rhs)
-        history, read = [run.row()], list[_Row]()
+            solution, noted = _preconditioned(run), dict[str, Any]()
+        else:
+            stop, noted = self._stop(rhs, memory)
+            rows = self._iterate(run, stop, self._waits(rhs))
+            solution = _conclude(run, rows, stop)
+            if self.every > 1 and rows[-1].length > 0 and solution.status in {Status.ITERATIONS, Status.CONVERGED}:
+                noted |= {"length": rows[-1].length, "reused": 0}
+        if self.warm_start > 0:
+            noted["solution"] = solution.value
+        return dataclasses.replace(solution, memory=noted)
+
+    def _iterate(self, run: Run, stop: _Stop, waits: bool) -> list[Row]:
+        history, read = [run.row()], list[Row]()
         while len(history) <= self.max_iterations:
             if waits:
-                read.append(_Row(*history[-1].tolist()))
-                if self._verdict(read) is not None:
+                read.append(Row(*history[-1].tolist()))
+                if stop.verdict(read) is not None:
                     break
             run.advance()
             history.append(run.row())
-        return self._conclude(run, [_Row(*row) for row in torch.stack(history).tolist()])
+        return [Row(*row) for row in torch.stack(history).tolist()]
+
+    def _reused(self, rhs: Tensor, precondition: Map | None, memory: Mapping[str, Any]) -> Solution:
+        """Return the preconditioned right-hand side at the step length of an earlier solve."""
+        z = rhs if precondition is None else precondition(rhs)
+        noted = {"length": memory["length"], "reused": memory["reused"] + 1}
+        return dataclasses.replace(_direct(memory["length"] * z, rhs, Status.REUSED), memory=noted)
 
     def _waits(self, rhs: Tensor) -> bool:
         """Tell whether to look at every iteration's numbers at once; a run that stopped inside changes no more."""
@@ -102,7 +164,23 @@ class CG:
         # the rule looks back ten iterations, so a shorter run never asks it
         return 5e-4 if self.tolerance is None and self.max_iterations > 10 else None
 
-    def _verdict(self, rows: Sequence[_Row]) -> Status | None:
+    def _stop(self, rhs: Tensor, memory: Mapping[str, Any]) -> tuple[_Stop, dict[str, Any]]:
+        """Return the rules of this solve, and what they leave for the next."""
+        if self.tolerance is None or isinstance(self.tolerance, int | float):
+            return _Stop(self.tolerance, self._progress), {}
+        norm = float(rhs.norm())
+        tolerance = self.tolerance.tolerance(norm, memory.get("norm"), memory.get("tolerance"))
+        return _Stop(tolerance, self._progress), {"norm": norm, "tolerance": tolerance}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stop:
+    """When to stop."""
+
+    tolerance: float | None
+    progress: float | None
+
+    def verdict(self, rows: Sequence[Row]) -> Status | None:
         """Return why to stop after the last of `rows`, or None to go on."""
         last, i = rows[-1], len(rows) - 1
         if last.square == 0 or (self.tolerance is not None and last.square <= self.tolerance**2):
@@ -114,92 +192,30 @@ class CG:
         if not last.definite:
             return Status.INDEFINITE
         k = max(10, i // 10)
-        if self._progress is not None and i > k and last.model < 0:
-            if (last.model - rows[i - k].model) / last.model < k * self._progress:
+        if self.progress is not None and i > k and last.model < 0:
+            if (last.model - rows[i - k].model) / last.model < k * self.progress:
                 return Status.PROGRESS
         return None
 
-    def _conclude(self, run: _Run, rows: list[_Row]) -> Solution:
-        verdicts = (self._verdict(rows[: i + 1]) for i in range(len(rows)))
-        i, status = next(((i, v) for i, v in enumerate(verdicts) if v is not None), (len(rows) - 1, Status.ITERATIONS))
-        residuals = tuple(math.sqrt(row.square) for row in rows[: i + 1])
-        if rows[i].model <= rows[0].model or i == 0:
-            return Solution(run.x, run.r, status, i, residuals)
-        status = status if status is Status.NON_FINITE else Status.NO_BETTER
-        return Solution(*run.start, status, i, residuals)
+
+def _conclude(run: Run, rows: Sequence[Row], stop: _Stop) -> Solution:
+    verdicts = (stop.verdict(rows[: i + 1]) for i in range(len(rows)))
+    i, status = next(((i, v) for i, v in enumerate(verdicts) if v is not None), (len(rows) - 1, Status.ITERATIONS))
+    residuals = tuple(math.sqrt(row.square) for row in rows[: i + 1])
+    if rows[i].model <= rows[0].model or i == 0:
+        return Solution(run.x, run.r, status, i, residuals)
+    status = status if status is Status.NON_FINITE else Status.NO_BETTER
+    return Solution(*run.start, status, i, residuals)
 
 
-class _Row(NamedTuple):
-    """The numbers of one iteration that decide anything. The last three are 1 or 0."""
-
-    square: float  # ‖r‖² / ‖b‖²
-    model: float  # m(x)
-    finite: float  # no NaN or infinity has been met
-    positive: float  # the curvature along the direction taken was positive
-    definite: float  # the preconditioner is positive along the residual
+def _preconditioned(run: Run) -> Solution:
+    """Return the start plus z."""
+    found = _direct(run.x + run.z, run.r, Status.PRECONDITIONER)
+    return dataclasses.replace(found, value=run.x) if found.failed else found
 
 
-class _Run:
-    """The vectors of one run. Nothing here makes the host wait for an accelerator."""
-
-    def __init__(
-        self,
-        operator: LinearOperator,
-        rhs: Tensor,
-        shift: float | Tensor,
-        precondition: Map | None,
-        start: Tensor | None,
-    ) -> None:
-        self._operator, self._rhs, self._shift = operator, rhs, shift
-        self._precondition: Map = precondition if precondition is not None else lambda r: r
-        self.x = torch.zeros_like(rhs) if start is None else start.clone()
-        self.r = rhs.clone() if start is None else rhs - self._product(start)
-        self.start = (self.x, self.r)
-        square = rhs @ rhs
-        self._scale = torch.where(square > 0, square, 1)
-        self._model = -0.5 * (self.x @ (self.r + rhs))
-        self._p = self._precondition(self.r)
-        self._rz = self.r @ self._p
-        self._finite = torch.isfinite(self._rz) & torch.isfinite(self._model)
-        self._positive = torch.ones_like(self._finite)
-        self._definite = self._rz > 0
-        self._alive = self._finite & self._definite
-        self._first = True
-
-    def advance(self) -> None:
-        """Take one iteration. Once one could not be taken in full, nothing changes any more."""
-        q = self._product(self._p)
-        curvature = self._p @ q
-        self._positive = curvature > 0
-        # To the minimum of m on the line; pᵀr is rᵀz but for rounding, and never climbs in spite of it. Along
-        # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
-        length = torch.where(self._positive, (self._p @ self.r) / curvature, 1.0 if self._first else 0.0)
-        self._first = False
-        x, r = torch.addcmul(self.x, self._p, length), torch.addcmul(self.r, q, -length)  # x + αp and r − αq
-        model = -0.5 * (x @ (r + self._rhs))
-        moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
-        self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
-        self._model = torch.where(moves, model, self._model)
-        z = self._precondition(self.r)
-        rz = self.r @ z
-        self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
-        self._alive = self._finite & self._positive & self._definite
-        self._p = torch.where(self._alive, torch.addcmul(z, self._p, rz / self._rz), self._p)
-        self._rz = rz
-
-    def row(self) -> Tensor:
-        """Return the numbers of `_Row`."""
-        numbers = (self.r @ self.r / self._scale, self._model)
-        return torch.stack([*numbers, *(t.to(self.r.dtype) for t in (self._finite, self._positive, self._definite))])
-
-    def preconditioned(self) -> Solution:
-        """Return the start plus z, with the residual that it leaves."""
-        x = self.x + self._p
-        r = self._rhs - self._product(x)
-        residual = float((r @ r / self._scale).sqrt())
-        if math.isfinite(residual):
-            return Solution(x, r, Status.PRECONDITIONER, 0, (residual,))
-        return Solution(*self.start, Status.NON_FINITE, 0, (residual,))
-
-    def _product(self, v: Tensor) -> Tensor:
-        return self._operator.matvec(v) + self._shift * v
+def _direct(x: Tensor, rhs: Tensor, status: Status) -> Solution:
+    """Return a solution of which no product is known; zero where it is not finite."""
+    if bool(torch.isfinite(x).all()):
+        return Solution(x, None, status, 0, ())
+    return Solution(torch.zeros_like(rhs), None, Status.NON_FINITE, 0, ())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ class DenseCholesky:
         shift: float | Tensor,
         precondition: Map | None = None,
         start: Tensor | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> Solution:
         """Solve (A + diag(shift)) x = rhs directly.
 
@@ -51,6 +54,7 @@ class DenseCholesky:
             shift: The diagonal of D: a number, or `[P]`.
             precondition: Not used.
             start: Not used.
+            memory: Not used.
 
         Returns:
             The solution; where the matrix is not positive definite to rounding, that with the least

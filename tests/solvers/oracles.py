@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 from hessfree.operators import LinearOperator
+from hessfree.solvers import CG, Map, Solution
+
+SIZE = 40
+SPECTRA = {
+    "even": torch.linspace(1, 3, SIZE, dtype=torch.float64),
+    "decades": torch.logspace(-3, 1, SIZE, dtype=torch.float64),
+    "clusters": torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64).repeat(SIZE // 4),
+    "rank 5": torch.cat([torch.arange(1.0, 6.0, dtype=torch.float64), torch.zeros(SIZE - 5, dtype=torch.float64)]),
+}
+EXACT = CG(max_iterations=2000, tolerance=1e-12)
 
 
 class DenseOperator(LinearOperator):
@@ -45,3 +55,20 @@ def model_value(matrix: Tensor, rhs: Tensor, shift: float | Tensor, x: Tensor) -
     """Return m(x) = ½ xᵀ(A + D)x − bᵀx in double precision."""
     matrix, rhs, x = matrix.double(), rhs.double(), x.double()
     return float(0.5 * x @ (matrix @ x + shift * x) - rhs @ x)
+
+
+def jacobi(matrix: Tensor, shift: float | Tensor) -> Map:
+    inverse = 1 / (matrix.diagonal() + shift)
+    return lambda r: r * inverse
+
+
+def check(solution: Solution, matrix: Tensor, rhs: Tensor, shift: float | Tensor) -> None:
+    """What holds for every solution: finite, its residual is its residual, the lists fit."""
+    assert bool(torch.isfinite(solution.value).all())
+    if solution.residual is None:
+        assert (solution.residuals, solution.iterations) == ((), 0)
+        return
+    expected = rhs - matrix @ solution.value - shift * solution.value
+    assert float((solution.residual - expected).norm()) <= 1e-9 * float(rhs.norm() + expected.norm() + 1)
+    assert len(solution.residuals) == solution.iterations + 1
+    assert abs(solution.residuals[-1] - float(expected.norm() / rhs.norm())) <= 1e-9 * max(1, solution.residuals[-1])

@@ -1,0 +1,112 @@
+"""What one step leaves for the next, and the reduction ratio that may have to wait for the next loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfree.vectors import ParameterVector
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What one step leaves for the next; goes into checkpoints as a plain dict.
+
+    Attributes:
+        step: Steps taken, rejected ones included.
+        replayable: Whether the closure gives the same loss again; None while unknown.
+        verified: Whether the loss after the last accepted step was evaluated.
+        previous_step: The last accepted change of the parameters, `[P]`.
+        preconditioner: What the preconditioner has learned.
+        pending: Where ρ of the last step waits for the next loss: loss (with weight decay) and predicted change.
+        solver: What the solver's last call left for its next; empty after a rejected step.
+        earlier_steps: The accepted steps before `previous_step`, as many as the momentum wants, last one first.
+        gradient_mean: Moving average of the gradients, `[P]`; None where it is not used.
+        gradients: Gradients in `gradient_mean`.
+    """
+
+    step: int = 0
+    replayable: bool | None = None
+    verified: bool = True
+    previous_step: Tensor | None = None
+    preconditioner: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pending: tuple[float, float] | None = None
+    solver: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    earlier_steps: tuple[Tensor, ...] = ()
+    gradient_mean: Tensor | None = None
+    gradients: int = 0
+
+    @property
+    def steps(self) -> tuple[Tensor, ...]:
+        """The accepted steps that are known, the last one first."""
+        return () if self.previous_step is None else (self.previous_step, *self.earlier_steps)
+
+    def for_other_parameters(self) -> Memory:
+        """Return what is still true when the set of parameters has changed."""
+        return Memory(self.step, self.replayable, self.verified, pending=self.pending)
+
+    def with_gradient(self, gradient: Tensor, decay: float) -> Memory:
+        """Return the memory with `gradient` averaged into the mean.
+
+        The mean is Adam's with its correction for the start at zero: weights proportional to decay^age, which sum
+        to one (Kingma & Ba 2015, sec. 3).
+
+        Args:
+            gradient: `[P]`, finite.
+            decay: β; 0 keeps no mean.
+
+        Returns:
+            The memory.
+        """
+        if decay == 0:
+            return dataclasses.replace(self, gradient_mean=None, gradients=0)
+        count = self.gradients + 1
+        mean = gradient
+        if self.gradient_mean is not None:
+            mean = torch.lerp(self.gradient_mean, gradient, (1 - decay) / (1 - decay**count))
+        return dataclasses.replace(self, gradient_mean=mean, gradients=count)
+
+    def after_rejection(self, step: int, replayable: bool | None) -> Memory:
+        """Return what a rejected step leaves: all as before, but the solver starts afresh.
+
+        A step length or a start that led into a rejected step would lead into the next one too. What was pending
+        has been judged by this step's loss, and is not to be judged twice.
+
+        Args:
+            step: Number of the step.
+            replayable: As the attribute.
+
+        Returns:
+            The memory.
+        """
+        return dataclasses.replace(self, step=step, replayable=replayable, pending=None, solver={})
+
+
+def reduction_ratio(change: float, predicted: float, loss: Tensor) -> float:
+    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss`."""
+    noise = 10 * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
+    return change / predicted if abs(predicted) > noise else math.nan
+
+
+def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, weight_decay: Sequence[float]) -> float:
+    """Return ρ of the step before, whose loss after it is the loss with which this one begins.
+
+    Args:
+        memory: What the last step left.
+        loss: The recorded loss of this step.
+        parameters: The parameters.
+        weight_decay: One number a parameter.
+
+    Returns:
+        ρ, NaN where nobody asked for it.
+    """
+    if memory.pending is None:
+        return math.nan
+    before, predicted = memory.pending
+    squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
+    return reduction_ratio(float(loss.detach()) + 0.5 * sum(squares) - before, predicted, loss)

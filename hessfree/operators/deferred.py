@@ -1,0 +1,36 @@
+"""A matrix that is set up by its first product, and by none if there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hessfree.operators.base import LinearOperator
+from hessfree.vectors import FlatSpace
+
+
+class Deferred(LinearOperator):
+    """The operator that `build` returns, which is first called when something multiplies by it."""
+
+    def __init__(self, space: FlatSpace, build: Callable[[], LinearOperator]) -> None:
+        """Describe the operator.
+
+        Args:
+            space: Of its vectors.
+            build: Returns the operator; called at every product, so it remembers what it has set up.
+        """
+        self.size, self.dtype, self.device = space.size, space.dtype, space.device
+        self._build = build
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return A v `[P]`."""
+        return self._build().matvec(v)
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix `[P, P]`, as the operator itself forms it."""
+        return self._build().to_dense()
+
+    def diagonal(self) -> Tensor:
+        """Return the exact diagonal `[P]`, as the operator itself forms it."""
+        return self._build().diagonal()

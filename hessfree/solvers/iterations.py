@@ -1,0 +1,113 @@
+"""The vectors of one run of conjugate gradients, and the numbers of each iteration that decide anything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessfree.operators import LinearOperator
+from hessfree.solvers.base import Map
+from hessfree.solvers.drift import Drift
+
+
+class Row(NamedTuple):
+    """The numbers of one iteration. `finite`, `positive` and `definite` are 1 or 0."""
+
+    square: float  # ‖r‖² / ‖b‖²
+    model: float  # m(x)
+    finite: float  # no NaN or infinity has been met
+    positive: float  # the curvature along the direction taken was positive
+    definite: float  # the preconditioner is positive along the residual
+    length: float  # how far the iteration went along its direction
+
+
+class Run:
+    """Iterations from a start. Nothing here makes the host wait for an accelerator unless residuals are replaced.
+
+    Attributes:
+        x: The iterate, `[P]`.
+        r: Its residual b − (A + D)x, `[P]`.
+        z: The preconditioned residual of the start, `[P]`.
+        start: The first x and r.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        shift: float | Tensor,
+        precondition: Map | None,
+        start: Tensor | None,
+        below_zero: bool = False,
+        replaces: bool = False,
+    ) -> None:
+        """Prepare the first iteration.
+
+        Args:
+            operator: A, `[P, P]`.
+            rhs: b, `[P]`.
+            shift: The diagonal of D: a number, or `[P]`.
+            precondition: Multiplies by an approximation of (A + D)⁻¹.
+            start: First iterate, `[P]`; zero if None.
+            below_zero: Begin at zero where m(start) > m(0) = 0.
+            replaces: Compute the residual anew where the recurrence drifts, which makes the host wait.
+        """
+        self._operator, self._rhs, self._shift = operator, rhs, shift
+        self._precondition: Map = precondition if precondition is not None else lambda r: r
+        self.x = torch.zeros_like(rhs) if start is None else start.clone()
+        self.r = rhs.clone() if start is None else rhs - self._product(start)
+        self._model = -0.5 * (self.x @ (self.r + rhs))
+        if start is not None and below_zero:
+            keep = self._model <= 0  # neither a NaN
+            self.x, self.r = torch.where(keep, self.x, 0), torch.where(keep, self.r, rhs)
+            self._model = torch.where(keep, self._model, 0)
+        self.start = (self.x, self.r)
+        square = rhs @ rhs
+        self._scale = torch.where(square > 0, square, 1)
+        self.z = self._p = self._precondition(self.r)
+        self._rz = self.r @ self._p
+        self._finite = torch.isfinite(self._rz) & torch.isfinite(self._model)
+        self._positive = torch.ones_like(self._finite)
+        self._definite = self._rz > 0
+        self._alive = self._finite & self._definite
+        self._length = torch.zeros_like(self._rz)
+        self._first = True
+        self._drift = Drift(self.x, self.r) if replaces else None
+
+    def advance(self) -> None:
+        """Take one iteration. Once one could not be taken in full, nothing changes any more."""
+        q = self._product(self._p)
+        curvature = self._p @ q
+        self._positive = curvature > 0
+        # To the minimum of m on the line; pᵀr is rᵀz but for rounding, and never climbs in spite of it. Along
+        # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
+        length = torch.where(self._positive, (self._p @ self.r) / curvature, 1.0 if self._first else 0.0)
+        self._length, self._first = length, False
+        r = torch.addcmul(self.r, q, -length)  # r − αq
+        if self._drift is None:
+            x = torch.addcmul(self.x, self._p, length)  # x + αp
+        else:
+            x = self._drift.moved(self._p, q, length)
+            if self._drift.due(x, self.r, r):
+                r = self._rhs - self._product(x)
+                self._drift.replaced(x, r)
+        model = -0.5 * (x @ (r + self._rhs))
+        moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
+        self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
+        self._model = torch.where(moves, model, self._model)
+        z = self._precondition(self.r)
+        rz = self.r @ z
+        self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
+        self._alive = self._finite & self._positive & self._definite
+        self._p = torch.where(self._alive, torch.addcmul(z, self._p, rz / self._rz), self._p)
+        self._rz = rz
+
+    def row(self) -> Tensor:
+        """Return the numbers of `Row`."""
+        flags = (t.to(self.r.dtype) for t in (self._finite, self._positive, self._definite))
+        return torch.stack([self.r @ self.r / self._scale, self._model, *flags, self._length])
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._operator.matvec(v) + self._shift * v
