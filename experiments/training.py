@@ -114,21 +114,6 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._started
 
 
-def step_length(fraction: float) -> float:
-    """Give the factor on every learning rate: a cosine from 1 at the start of the budget to 0 at its end.
-
-    Where rows are never used twice, the gradient stays noisy to the end and a constant step would leave every optimizer
-    wandering at a height set by its learning rate; the decay averages that noise out.
-
-    Args:
-        fraction: Share of the budget that is spent.
-
-    Returns:
-        The factor, in [0, 1].
-    """
-    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-
-
 def evaluation_times(budget_seconds: float) -> list[float]:
     """Give the moments of evaluation, evenly spaced on a logarithmic axis as the plots are.
 
@@ -151,8 +136,6 @@ class _Training:
         self.observer = observer
         self.model = problem.initial_model(seed)
         self.points: list[Point] = []
-        # Until every class of settings has its own schedule: the cosine.
-        self.step_length: Callable[[float], float] = getattr(settings, "step_length", step_length)
         self.steps = 0
         self.loss_sum = 0.0
         self.losses = 0
@@ -169,7 +152,7 @@ class _Training:
         optimizer = self.optimizer
         with self.clock:
             for group, lr in zip(optimizer.param_groups, self.lrs, strict=True):
-                group["lr"] = lr * self.step_length(fraction)
+                group["lr"] = lr * self.settings.step_length(fraction)
             batch = self.stream.draw(self.settings.batch_size)
 
             def closure() -> Tensor:

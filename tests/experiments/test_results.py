@@ -7,6 +7,7 @@ import torch
 
 from experiments import data
 from experiments.optimizers import AdamSettings, HessianFreeSettings
+from experiments.problems import make
 from experiments.problems.flow import FlowMatching
 from experiments.results import TensorBoardLog, table, write_json
 from experiments.training import Point, Run, Trial
@@ -71,6 +72,19 @@ def test_table(problem: FlowMatching, runs: list[Run]) -> None:
     assert len({len(line) for line in lines[:4]}) == 1
     assert any("hessfree: its last step ended 1.0 s after" in line for line in lines)
     assert table(problem, runs[:1]).splitlines()[2].split()[-1] == "-"
+
+
+def test_a_problem_without_noise(tmp_path: Path) -> None:
+    poisson = make("poisson")
+    losses = [{"train_objective": value, "relative_error": value / 9} for value in (3.0, 0.5)]
+    points = tuple(Point(k, 10 * k, float(k), 2.0, judged) for k, judged in enumerate(losses))
+    run = Run("adam", AdamSettings(lr=0.1), 0, 2.0, points)
+    content = json.loads(write_json(tmp_path / "results.json", poisson, [run]).read_text())
+    assert content["score"] == "train_objective" and "noise_floor" not in content
+    assert content["runs"][0]["train_objective"] == [3.0, 0.5]
+    assert content["runs"][0]["final"]["relative_error"] == pytest.approx(0.5 / 9)
+    text = table(poisson, [run])
+    assert "train objective" in text and "noise" not in text
 
 
 def test_tensorboard(runs: list[Run], tmp_path: Path) -> None:

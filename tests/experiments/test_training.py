@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from experiments import data, training
+from experiments.flow_matching import Batch
 from experiments.optimizers import AdamSettings
 from experiments.problems import Problem
-from experiments.problems.flow import FlowMatching
-from experiments.training import Point, Stopwatch, evaluation_times, step_length, train
+from experiments.problems.flow import FixedFlowMatching, FlowMatching
+from experiments.training import Point, Stopwatch, evaluation_times, train
 
 CPU = torch.device("cpu")
 
@@ -23,11 +24,6 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which everything between two readings takes one second."""
     seconds = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
-
-
-def test_step_length() -> None:
-    assert step_length(0) == 1 and step_length(0.5) == pytest.approx(0.5)
-    assert step_length(1) == pytest.approx(0) and step_length(7) == pytest.approx(0)
 
 
 def test_evaluation_times() -> None:
@@ -103,8 +99,28 @@ def test_learning_rates_follow_the_budget(problem: Problem, ticks: None, monkeyp
         return plain_step(self, closure)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=4)
-    assert rates == pytest.approx([0.01 * step_length(second / 4) for second in (0, 2, 3)])
+    for final_length in (0.0, 1.0):
+        rates.clear()
+        settings = AdamSettings(lr=0.01, final_length=final_length)
+        train(problem, "adam", settings, seed=0, budget_seconds=4)
+        assert rates == pytest.approx([0.01 * settings.step_length(second / 4) for second in (0, 2, 3)])
+    assert rates == [0.01] * 3
+
+
+def test_full_batches_are_the_same_tensors(ticks: None) -> None:
+    batches: list[object] = []
+
+    class Watched(FixedFlowMatching):
+        def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            batches.append(batch)
+            return super().loss(model, batch)
+
+    watched = Watched.of(data.load("8gaussians"), CPU)
+    settings = AdamSettings(lr=0.01, batch_size=watched.fixed.x_t.shape[0])
+    run = train(watched, "adam", settings, seed=0, budget_seconds=4, moments=())
+    assert all(batch is watched.fixed for batch in batches) and len(batches) >= run.final.step >= 3
+    assert set(run.final.losses) == {"fixed_excess", "excess_loss"}
+    assert run.points[0].train_loss == pytest.approx(run.points[0].losses["fixed_excess"])
 
 
 def test_internals_come_from_the_report(problem: Problem) -> None:

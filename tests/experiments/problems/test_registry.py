@@ -4,7 +4,6 @@ import torch
 from experiments.environment import UsageError
 from experiments.problems import PROBLEMS, Problem, make
 
-
 # One of each kind: two-dimensional data cost little, 784 dimensions seconds.
 KINDS = ("8gaussians", "digits", "moons-stable", "checkerboard-fixed", "autoencoder", "poisson")
 
