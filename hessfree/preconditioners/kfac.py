@@ -8,15 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import KroneckerBlock, Place, kronecker_inverse
-from hessfree.preconditioners.layers import LAYERS, Part, parts_of
-from hessfree.preconditioners.reach import Uses
+from hessfree.preconditioners.layer_calls import LayerCalls, refusal, served_layers
+from hessfree.preconditioners.layers import LAYERS
+from hessfree.preconditioners.moments import InputMoments, check_moments
 from hessfree.preconditioners.refresh import AveragedRefresh
-from hessfree.recording import Call
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
@@ -43,6 +42,9 @@ class KFAC(AveragedRefresh):
         decay: Of the exponential moving average of the factors; a plain mean at first.
         damping_scale: M = G + `damping_scale`·λI: the preconditioner wants less damping than the system.
         power: Multiply by M to the power −`power`: 1 is K-FAC's inverse, ½ its square root.
+        input_moments: By Linear layer (or its weight), the exact moments of its input over the data, where they are
+            known: a first layer's input is the data's. A is then theirs instead of an average of batches, and is
+            decomposed once. Batches estimate it worst where it matters most, along many small directions.
         wide: An input factor wider than this keeps `rank` eigenvectors and one value for the rest. It is then a
             plain mean over the updates, taken only at updates 1, 2, 4, ..., 64: its eigenform is the dear part.
         rank: Eigenvectors of a wide input factor.
@@ -50,6 +52,9 @@ class KFAC(AveragedRefresh):
 
     factors: Literal["sampled", "exact"] = "sampled"
     damping_scale: float = 0.1
+    input_moments: Mapping[nn.Linear | Tensor, InputMoments] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
     wide: int = 512
     rank: int = 64
 
@@ -64,6 +69,9 @@ class KFAC(AveragedRefresh):
             raise ValueError(f"factors={self.factors!r} must be 'sampled' or 'exact'")
         if not (isinstance(self.wide, int) and isinstance(self.rank, int) and 1 <= self.rank <= self.wide):
             raise ValueError(f"wide={self.wide!r} and rank={self.rank!r} must be integers with 1 <= rank <= wide")
+
+        for key, moments in (self.input_moments or {}).items():
+            check_moments(key, moments)
 
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
@@ -83,7 +91,7 @@ class KFAC(AveragedRefresh):
         """
         known = {_place(b): b for b in state.get("blocks", ())}
         updates = state.get("updates", 0) + 1
-        layers, declined = _served(sample)
+        layers, declined = served_layers(sample)
         covered = {i for layer in layers for i in layer.place.numbers}
         known = {place: b for place, b in known.items() if not set(place.numbers) & set(declined)}
         # a layer that this batch did not call (stochastic depth) keeps what is known of it
@@ -91,35 +99,69 @@ class KFAC(AveragedRefresh):
         covered.update(i for b in resting for i in _place(b).numbers)
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
         dtype = sample.parameters.dtype
-        inner = [None if self._keeps(layer, known, updates) else layer.inner(dtype) for layer in layers]
+        given = self._given(sample.parameters)
+        inner = [self._inner(layer, known.get(layer.place), given, updates, dtype) for layer in layers]
         outer, squares, warning = _measure(sample, self.factors, layers, others)
         if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares) if t is not None):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
         keep = min(1 - 1 / updates, self.decay)
         blocks = list(resting)
         for layer, a, s in zip(layers, inner, outer, strict=True):
-            blocks.append(self._block(layer, a, s, known.get(layer.place), keep, updates).state())
+            exact = layer.place.weight in given
+            blocks.append(self._block(layer, a, s, known.get(layer.place), keep, updates, exact).state())
         diagonal = dict(zip(others, squares, strict=True))
         for i in diagonal.keys() & state.get("diagonal", {}).keys():
             diagonal[i] = torch.lerp(diagonal[i], state["diagonal"][i], keep)
         learned = {"updates": updates, "step": step, "blocks": blocks, "diagonal": diagonal, "declined": declined}
-        return learned, warning or (_refusal(sample, declined) if declined else None)
+        return learned, warning or (refusal(sample, declined) if declined else None)
 
-    def _keeps(self, layer: _Layer, known: Mapping[Place, Mapping[str, Any]], updates: int) -> bool:
-        """Tell whether a wide input factor is left as it is at this update."""
-        old = known.get(layer.place)
-        return old is not None and old["tail"] is not None and (updates > 64 or updates & (updates - 1) != 0)
+    def _given(self, parameters: ParameterVector) -> dict[int, InputMoments]:
+        """Return the moments that the user gave, by number of the weight."""
+        found = {}
+        for key, moments in (self.input_moments or {}).items():
+            weight = key.weight if isinstance(key, nn.Linear) else key
+            if weight not in parameters:
+                raise ValueError(
+                    f"input_moments names a weight of shape {list(weight.shape)} that is not among the trained "
+                    "parameters: give the layer of the model that this optimizer trains (a copy is another layer)"
+                )
+            found[parameters.index_of(weight)] = moments
+        return found
+
+    def _inner(
+        self,
+        layer: LayerCalls,
+        old: Mapping[str, Any] | None,
+        given: Mapping[int, InputMoments],
+        updates: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """Return A as the data or this batch have it; None where what is known of it stays as it is."""
+        moments = given.get(layer.place.weight)
+        if moments is not None:
+            a = moments.factor(layer.place.bias is not None).to(dtype=dtype, device=layer.calls[0].outputs[0].device)
+            return None if old is not None and torch.equal(old["inner"], a) else a
+        rests = updates > 64 or updates & (updates - 1) != 0
+        return None if old is not None and old["tail"] is not None and rests else layer.inner(dtype)
 
     def _block(
-        self, layer: _Layer, a: Tensor | None, s: Tensor, old: Mapping[str, Any] | None, keep: float, updates: int
+        self,
+        layer: LayerCalls,
+        a: Tensor | None,
+        s: Tensor,
+        old: Mapping[str, Any] | None,
+        keep: float,
+        updates: int,
+        exact: bool,
     ) -> KroneckerBlock:
         if old is not None and old["outer"].shape == s.shape:
             s = torch.lerp(s, old["outer"], keep)
         if a is None:
             assert old is not None
-            return KroneckerBlock.of(layer.place, old["inner"], s, self.rank, known=old)
+            return KroneckerBlock.of(layer.place, old["inner"], s, known=old)
         wide = a.ndim == 2 and a.shape[-1] > self.wide
-        if old is not None:  # a wide factor was last taken at half as many updates, so both halves weigh the same
+        if old is not None and not exact:
+            # a wide factor was last taken at half as many updates, so both halves weigh the same
             a = torch.lerp(a, old["inner"], (updates.bit_length() - 1) / updates.bit_length() if wide else keep)
         return KroneckerBlock.of(layer.place, a, s, self.rank if wide else None)
 
@@ -154,120 +196,12 @@ class KFAC(AveragedRefresh):
         return words
 
 
-@dataclasses.dataclass(eq=False)
-class _Layer:
-    """All calls of the layers that share one weight."""
-
-    place: Place
-    width: int  # rows of the weight, seen as a matrix
-    calls: list[Call]
-    parts: list[Part]  # one a call
-    owns_bias: list[bool]  # one a call: two layers may share the weight and not the bias
-    is_output: bool = False  # what the layer returns is z itself
-
-    def inner(self, dtype: torch.dtype) -> Tensor:
-        """Return A, the mean of a aᵀ over the rows of all calls (or its diagonal, of one-hot rows)."""
-        found, one_hot = [], False
-        for call, part, owns in zip(self.calls, self.parts, self.owns_bias, strict=True):
-            rows = part.rows(_input_of(call).detach())
-            one_hot, a = rows.one_hot, rows.inner.to(dtype)
-            if self.place.bias is not None:
-                a = torch.cat([a, a.new_full((*a.shape[:-1], 1), float(owns))], -1)
-            found.append(a)
-        if one_hot:
-            return torch.cat(found).mean(0)
-        a = torch.cat(found, 1)
-        a = a.mT @ a / a.shape[1]
-        return a if self.place.groups > 1 else a[0]
-
-    def outer(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
-        """Return S, the sum of s sᵀ over the rows of all calls."""
-        rows = []
-        for call, part, g in zip(self.calls, self.parts, gradients, strict=True):
-            out = call.outputs[0]
-            g = torch.zeros(out.shape, dtype=out.dtype, device=out.device) if g is None else g
-            rows.append(part.rows(_input_of(call).detach()).outer(g).to(dtype))
-        s = torch.cat(rows, 1)
-        s = s.mT @ s
-        return s if self.place.groups > 1 else s[0]
-
-
-def _input_of(call: Call) -> Tensor:
-    return call.inputs[0] if call.inputs else call.keywords["input"]
-
-
 def _place(block: Mapping[str, Any]) -> Place:
     return Place(block["weight"], block["bias"], block["groups"], block["transposed"])
 
 
-def _group(sample: Sample) -> list[_Layer]:
-    """Collect the layers by weight, in the order of their first call."""
-    parameters = sample.parameters
-    edges = {(o.edge.node, o.edge.output_nr) for o in sample.outputs}
-    layers: dict[int, _Layer] = {}
-    taken: set[int] = set()
-    for call in (call for root in sample.calls for call in root.walk()):
-        if not call.outputs or not (call.inputs or "input" in call.keywords):
-            continue  # what was not kept, a diagonal has to do for
-        for part in parts_of(call.module):
-            if part.weight not in parameters:
-                continue
-            weight = parameters.index_of(part.weight)
-            bias = parameters.index_of(part.bias) if part.bias is not None and part.bias in parameters else None
-            if weight not in layers:  # two weights may share one bias, which then belongs to the first
-                place = Place(weight, None if bias in taken else bias, part.groups, part.transposed)
-                shape = part.weight.shape
-                width = shape[1] if part.transposed else shape[0] // part.groups
-                layers[weight] = _Layer(place, width, [], [], [])
-                taken.update(() if bias is None else (bias,))
-            layer = layers[weight]
-            if (layer.place.groups, layer.place.transposed) != (part.groups, part.transposed):
-                continue  # an embedding that is also the last layer's weight: the first use decides
-            layer.calls.append(call)
-            layer.parts.append(part)
-            layer.owns_bias.append(bias is not None and layer.place.bias == bias)
-            out = call.outputs[0].edge
-            layer.is_output = len(layer.calls) == 1 and (out.node, out.output_nr) in edges
-    return list(layers.values())
-
-
-def _served(sample: Sample) -> tuple[list[_Layer], list[int]]:
-    """Return the layers that K-FAC is right for, and the numbers of the parameters of those that it declines."""
-    layers, params, uses, returned = _group(sample), sample.parameters.params, Uses(sample.outputs), _returned(sample)
-    served: list[_Layer] = []
-    declined: set[int] = set()
-    for layer in layers:
-        if any(uses.pass_by(params[i], returned[i]) for i in layer.place.numbers):
-            declined.update(layer.place.numbers)
-        else:
-            served.append(layer)
-    return served, sorted(declined)
-
-
-def _returned(sample: Sample) -> dict[int, list[GradientEdge]]:
-    """Return, by number of a parameter, what the calls of the layers that hold it returned."""
-    found: dict[int, list[GradientEdge]] = {}
-    for call in (call for root in sample.calls for call in root.walk() if call.outputs):
-        held = {p for part in parts_of(call.module) for p in (part.weight, part.bias) if p is not None}
-        for p in held:
-            if p in sample.parameters:
-                found.setdefault(sample.parameters.index_of(p), []).append(call.outputs[0].edge)
-    return found
-
-
-def _refusal(sample: Sample, declined: Sequence[int]) -> str:
-    shapes = ", ".join(str(list(sample.parameters.shapes[i])) for i in declined[:4])
-    shapes += ", ..." if len(declined) > 4 else ""
-    return (
-        f"K-FAC declines layers with parameters of shapes {shapes}: the outputs depend on them beside what the layers "
-        "returned (a derivative in the input inside the loss, as in physics-informed networks, or a weight used by "
-        "hand). They have the diagonal of G instead; Woodbury(samples=...) is exact there for as many samples as it "
-        "is given"
-    )
-
-
 def _measure(
-    sample: Sample, factors: str, layers: Sequence[_Layer], others: Sequence[int]
+    sample: Sample, factors: str, layers: Sequence[LayerCalls], others: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], str | None]:
     """Return S of each layer, an estimate of G's diagonal at each other parameter, and a warning."""
     parameters, form = sample.parameters, sample.hessian.form
@@ -294,7 +228,7 @@ def _measure(
 
 
 def _pull_back(
-    sample: Sample, u: Tensor, layers: Sequence[_Layer], others: Sequence[int]
+    sample: Sample, u: Tensor, layers: Sequence[LayerCalls], others: Sequence[int]
 ) -> tuple[list[list[Tensor | None]], list[Tensor | None]]:
     """Return (∂z/∂output)ᵀu at each call of each layer, and Jᵀu at each other parameter."""
     targets: list[Any] = [call.outputs[0].edge for layer in layers for call in layer.calls]

@@ -27,6 +27,8 @@ class KroneckerBlock:
         transposed: Whether the weight is stored as `[in, out]`.
         inner: A, `[in (+1), in (+1)]`, with a leading G where G > 1; or its diagonal.
         outer: S, `[out, out]`, likewise.
+        inner_values: Eigenvalues of A, negative ones (rounding) as zero; its largest r with a tail.
+        inner_flat: The mean of A's other eigenvalues; None where its basis is complete.
         inner_basis: Eigenvectors of A, as columns; None for the coordinate axes.
         outer_basis: Eigenvectors of S, as columns; None for the coordinate axes.
         spectrum: Eigenvalues of S ⊗ A, `[out, in (+1)]`, negative ones (rounding) as zero; `[out, r]` with a tail.
@@ -39,6 +41,8 @@ class KroneckerBlock:
     transposed: bool
     inner: Tensor
     outer: Tensor
+    inner_values: Tensor
+    inner_flat: Tensor | None
     inner_basis: Tensor | None
     outer_basis: Tensor | None
     spectrum: Tensor
@@ -60,22 +64,20 @@ class KroneckerBlock:
             inner: A, or its diagonal.
             outer: S, or its diagonal.
             rank: Keep only so many eigenvectors of A; None for all.
-            known: A block whose inner basis to take over, with new eigenvalues along it; None to decompose.
+            known: A block of the same A, whose eigenform of it to take over; None to decompose.
 
         Returns:
             The block.
         """
         flat = None
         if known is not None:
-            basis = known["inner_basis"]
-            a = ((inner @ basis) * basis).sum(-2).clamp_min(0)
+            a, basis, flat = known["inner_values"], known["inner_basis"], known["inner_flat"]
         else:
             a, basis = _eigenform(inner, place.groups)
             if rank is not None and basis is not None:  # eigenvalues ascend
                 a, basis = a[..., -rank:], basis[..., -rank:]
-        if rank is not None and basis is not None:
-            trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
-            flat = ((trace - a.sum(-1)) / max(inner.shape[-1] - rank, 1)).clamp_min(0)
+                trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+                flat = ((trace - a.sum(-1)) / max(inner.shape[-1] - rank, 1)).clamp_min(0)
         s, outer_basis = _eigenform(outer, place.groups)
         return cls(
             place.weight,
@@ -84,6 +86,8 @@ class KroneckerBlock:
             place.transposed,
             inner,
             outer,
+            a,
+            flat,
             basis,
             outer_basis,
             s.unsqueeze(-1) * a.unsqueeze(-2),

@@ -1,0 +1,45 @@
+"""Closed-form moments of the input of a flow-matching network."""
+
+import torch
+
+from experiments.flow_matching import join
+from experiments.models import ToyMLP
+from experiments.moments import flow_matching_moments, flow_matching_moments_of
+from hessfree.preconditioners import KFAC, InputMoments
+
+
+def data(n: int = 50, dim: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, dim, generator=generator) @ torch.randn(dim, dim, generator=generator) + 2
+
+
+def test_exactly_for_one_point() -> None:
+    """With t in Gauss-Legendre points and x0 in +-e_i sqrt(D), the averages are exact to rounding."""
+    x1 = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    nodes = torch.tensor([-(0.6**0.5), 0.0, 0.6**0.5], dtype=torch.float64) / 2 + 0.5
+    weights = torch.tensor([5 / 18, 8 / 18, 5 / 18], dtype=torch.float64)
+    corners = torch.cat([torch.eye(2, dtype=torch.float64), -torch.eye(2, dtype=torch.float64)]) * 2**0.5
+    mean, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for t, w in zip(nodes, weights, strict=True):
+        for x0 in corners:
+            a = torch.cat([(1 - t) * x0 + t * x1, t.reshape(1)])
+            mean, second = mean + w / 4 * a, second + w / 4 * torch.outer(a, a)
+    found = flow_matching_moments(x1, torch.outer(x1, x1))
+    assert (found.mean - mean).norm() <= 1e-13 and (found.second - second).norm() <= 1e-13
+
+
+def test_against_batches_of_the_experiment() -> None:
+    points, n = data(), 400_000
+    generator = torch.Generator().manual_seed(1)
+    batch = join(points[torch.randint(len(points), (n,), generator=generator)], generator)
+    drawn = torch.cat([batch.x_t, batch.t], 1).double()
+    sampled, exact = InputMoments.of(drawn), flow_matching_moments_of(points)
+    error = (drawn.std(0) / n**0.5) * 5
+    assert bool(((sampled.mean - exact.mean).abs() <= error).all())
+    products = (drawn.unsqueeze(2) * drawn.unsqueeze(1)).std(0)
+    assert bool(((sampled.second - exact.second).abs() <= 5 * products / n**0.5).all())
+
+
+def test_they_fit_the_first_layer() -> None:
+    model = ToyMLP(3, w=4, time_varying=True)
+    KFAC(input_moments={model.net[0]: flow_matching_moments_of(data())})
