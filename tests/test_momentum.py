@@ -103,3 +103,56 @@ def test_a_previous_product_that_is_not_finite_is_left_out(bad: float) -> None:
     spoiled = DenseOperator(MATRIX, lambda _, product: product * bad)
     found = MOMENTUM.combine(spoiled, RHS, 0.1, solution, (vector(SIZE, seed=6),))
     assert torch.equal(found.value, solution.value)
+
+
+def damped_minimiser(span: Tensor, shift: float | Tensor) -> Tensor:
+    damped = MATRIX + torch.diag(torch.zeros(SIZE, dtype=torch.float64) + shift)
+    return span @ torch.linalg.solve(span.T @ damped @ span, span.T @ RHS)
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+@pytest.mark.parametrize("shifts", ["number", "vector"])
+@pytest.mark.parametrize("history", [1, 2, 4])
+@pytest.mark.parametrize("known", [0, 1, 3, 6])
+def test_is_the_minimiser_over_several_previous_steps(known: int, history: int, shifts: str, iterations: int) -> None:
+    shift = 0.1 if shifts == "number" else torch.linspace(0.05, 2, SIZE, dtype=torch.float64)
+    previous = [vector(SIZE, seed=30 + i) for i in range(known)]
+    operator = DenseOperator(MATRIX)
+    solution = CG(max_iterations=iterations).solve(operator, RHS, shift)
+    operator.products = 0
+    found = QuadraticModelMomentum(history=history).combine(operator, RHS, shift, solution, previous)
+    used = previous[:history]  # the last ones
+    assert operator.products == len(used) + (iterations == 0)
+    expected = damped_minimiser(torch.stack([solution.value, *used], 1), shift)
+    torch.testing.assert_close(found.value, expected, rtol=1e-8, atol=1e-10)
+    assert found.product is not None
+    torch.testing.assert_close(found.product, MATRIX @ expected + shift * expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_previous_steps_never_make_the_model_worse(seed: int) -> None:
+    solution = CG(max_iterations=3).solve(DenseOperator(MATRIX), RHS, 0.1)
+    previous = [vector(SIZE, seed=50 + 10 * seed + i) for i in range(6)]
+    values = []
+    for history in (1, 2, 4, 6):
+        momentum = QuadraticModelMomentum(history=history)
+        found = momentum.combine(DenseOperator(MATRIX), RHS, 0.1, solution, previous)
+        values.append(model_value(MATRIX, RHS, 0.1, found.value))
+    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_previous_steps_that_depend_on_each_other(dtype: torch.dtype) -> None:
+    matrix, rhs, one = MATRIX.to(dtype), RHS.to(dtype), vector(SIZE, seed=7, dtype=dtype)
+    solution = CG(max_iterations=3).solve(DenseOperator(matrix), rhs, 0.1)
+    repeated = [one, one.clone(), -2 * one, one + solution.value, torch.zeros_like(one)]
+    momentum = QuadraticModelMomentum(history=5)
+    found = momentum.combine(DenseOperator(matrix), rhs, 0.1, solution, repeated).value
+    expected = damped_minimiser(torch.stack([solution.value.double(), one.double()], 1), 0.1)
+    assert float((found.double() - expected).norm()) <= 1e3 * torch.finfo(dtype).eps * float(expected.norm())
+
+
+@pytest.mark.parametrize("history", [0, -1, 1.5])
+def test_history_out_of_range(history: float) -> None:
+    with pytest.raises(ValueError, match=f"history={history} is the number of previous steps: choose an integer"):
+        QuadraticModelMomentum(history=history)  # type: ignore[arg-type]

@@ -58,6 +58,11 @@ def test_what_did_not_happen_is_not_in_the_line() -> None:
     assert "lambda 0.3, |step|" in str(direct)
 
 
+def test_a_solver_without_products_says_what_it_did() -> None:
+    alone = dataclasses.replace(FULL, iterations=0, residual=math.nan, residuals=(), solver_status="step length reused")
+    assert "accepted; step length reused; lambda 0.3" in str(alone)
+
+
 def test_words_from_elsewhere_do_not_break_the_line() -> None:
     assert "\n" not in str(dataclasses.replace(FULL, status="rejected:\n  a tensor\n"))
 
