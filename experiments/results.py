@@ -15,6 +15,8 @@ _SCORES = {"holdout_loss": "held-out loss"}  # where the name in words is not th
 _MEANINGS = {
     "excess_loss": "Excess loss is what a network adds to it: mean (v - E[u | x_t, t])² on fixed points.",
     "fixed_excess": "Fixed excess is mean (v - E[u | x_t, t])² on the rows of the training, which have no noise.",
+    "train_excess": "Train excess is the training loss on all rows, less what it is for a perfect network.",
+    "train_objective": "Train objective is the training loss on all rows.",
 }
 _REFERENCE = "adam"
 
@@ -202,7 +204,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _notes(problem: Problem, runs: Sequence[Run]) -> list[str]:
     notes = []
     if isinstance(problem, Noisy):
-        notes.append(f"The target's noise alone gives a training loss of {problem.noise_floor:.4g}.")
+        notes.append(f"The noise of the targets leaves a perfect network a training loss of {problem.noise_floor:.4g}.")
     if problem.score in _MEANINGS:
         notes.append(_MEANINGS[problem.score])
     for run in runs:

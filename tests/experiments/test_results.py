@@ -70,6 +70,7 @@ def test_table(problem: FlowMatching, runs: list[Run]) -> None:
     assert lines[2].split() == ["hessfree", "1", "6", "60", "3.0", "5.1", "0.1", "0.250"]
     assert lines[3].split() == ["adam", "0.03", "4", "40", "2.0", "5.4", "0.4", "1.000"]
     assert len({len(line) for line in lines[:4]}) == 1
+    assert any(f"a perfect network a training loss of {problem.noise_floor:.4g}" in line for line in lines)
     assert any("hessfree: its last step ended 1.0 s after" in line for line in lines)
     assert table(problem, runs[:1]).splitlines()[2].split()[-1] == "-"
 
@@ -84,7 +85,7 @@ def test_a_problem_without_noise(tmp_path: Path) -> None:
     assert content["runs"][0]["train_objective"] == [3.0, 0.5]
     assert content["runs"][0]["final"]["relative_error"] == pytest.approx(0.5 / 9)
     text = table(poisson, [run])
-    assert "train objective" in text and "noise" not in text
+    assert "train objective" in text and "training loss on all rows" in text and "a perfect network" not in text
 
 
 def test_tensorboard(runs: list[Run], tmp_path: Path) -> None:
