@@ -94,7 +94,7 @@ def full(factor: Tensor) -> Tensor:
 def block_places(block: dict[str, Any], parameters: ParameterVector) -> Tensor:
     """Return where the entries of the block S ⊗ A stand in the flat vector."""
     weight = parameters.params[block["weight"]]
-    places = torch.arange(parameters.size)[parameters.slice_of(weight)].view(weight.shape)
+    places = torch.arange(parameters.size)[parameters.slice_of(weight)].reshape(len(weight), -1)
     if block["bias"] is not None:
         bias = torch.arange(parameters.size)[parameters.slice_of(parameters.params[block["bias"]])]
         places = torch.cat([places, bias[:, None]], 1)

@@ -58,11 +58,10 @@ def build(name: str, weight: float, samples: int, scale: float = 1.0):
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("name", ["mlp", "tokens", "conv"])
 def test_with_all_samples_it_is_the_exact_damped_inverse(name: str, scale: float) -> None:
-    # a vanishing share of K-FAC leaves UᵀU + λI
-    model, x, target, sample, found = build(name, 1e-12, samples=100, scale=scale)
+    model, x, target, sample, found = build(name, 0.1, samples=100, scale=scale)
     dense = GaussNewton.from_loss(model, F.mse_loss, x, target).to_dense()
     expected = torch.linalg.inv(scale * dense + 0.3 * torch.eye(len(dense), dtype=DOUBLE))
-    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -102,7 +101,7 @@ def test_one_step_with_all_samples_is_the_damped_gauss_newton_step() -> None:
     before = torch.cat([p.detach().reshape(-1) for p in params])
     optimizer = HessianFree(
         params, damping=0.1, damping_rule=ConstantDamping(), solver=CG(max_iterations=1),
-        preconditioner=Woodbury(samples=20, weight=1e-12, damping_scale=1.0),
+        preconditioner=Woodbury(samples=20, damping_scale=1.0),
     )  # fmt: skip
 
     def closure() -> Tensor:
@@ -114,7 +113,7 @@ def test_one_step_with_all_samples_is_the_damped_gauss_newton_step() -> None:
     optimizer.step(closure)
     after = torch.cat([p.detach().reshape(-1) for p in params])
     expected = before - torch.linalg.solve(dense, gradient)
-    assert (after - expected).norm() <= 1e-6 * expected.norm()
+    assert (after - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_settings_and_state(tmp_path) -> None:
@@ -151,3 +150,20 @@ def test_settings_and_state(tmp_path) -> None:
         results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
         assert "Woodbury: 16 rows" in optimizer.last_step.preconditioner
     assert torch.equal(*results)
+
+
+def test_singular_and_indefinite_factors_in_single_precision() -> None:
+    """Dead inputs make A singular, and rounding makes it indefinite by more than a tiny λ: still a positive inverse."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 2))
+    x = torch.randn(64, 2) @ torch.randn(2, 40) * 30  # rank 2
+    for samples in (8, 64):
+        sample = sample_of(model, x, lambda z: F.mse_loss(z, torch.ones_like(z)))
+        for shift in (0.0, 1e-12):
+            sample = type(sample)(**(vars(sample) | {"shifts": [shift] * 4}))
+            state, _ = Woodbury(samples=samples).update({}, sample, 1)
+            apply = Woodbury(samples=samples).inverse(state, sample.parameters, 1.0, [shift] * 4)
+            assert apply is not None
+            r = torch.randn(sample.parameters.size, generator=torch.Generator().manual_seed(1))
+            found = apply(r)
+            assert bool(torch.isfinite(found).all()) and float(found @ r) > 0

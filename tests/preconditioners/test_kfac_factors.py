@@ -1,64 +1,32 @@
-"""K-FAC against dense Gauss-Newton matrices, in double precision."""
+"""K-FAC's factors against their definition, dense Gauss-Newton matrices and another package."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from hessfree import CG, KFAC, GaussNewton
+from hessfree import KFAC
 from hessfree.preconditioners import Sample
-from tests.preconditioners.oracles import Loss, block_places, dense, exact_factors, full, gauss_newton, sample_of
-
-DOUBLE = torch.float64
-EXACT = KFAC(factors="exact")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-
-
-def mlp(*widths: int, bias: bool = True, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(i, o, bias=bias, dtype=DOUBLE), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def mean_square(z: Tensor) -> Tensor:
-    return F.mse_loss(z, torch.ones_like(z))
-
-
-def cross_entropy(z: Tensor) -> Tensor:
-    classes = torch.arange(z[..., 0].numel()) % z.shape[-1]
-    return F.cross_entropy(z.reshape(-1, z.shape[-1]), classes)
-
-
-def by_hand(z: Tensor) -> Tensor:
-    """Every sample with a dense block of its own."""
-    return ((z.sum(-1) ** 2).exp() + z.sin().square().sum(-1) + 2 * z.square().sum(-1)).mean()
-
-
-LOSSES = {"mean square": mean_square, "cross-entropy": cross_entropy, "by hand": by_hand}
-
-
-def learn(sample: Sample, preconditioner: KFAC = EXACT) -> dict[str, Any]:
-    state, warning = preconditioner.update({}, sample, 1)
-    assert warning is None
-    return state
-
-
-def close(found: Tensor, expected: Tensor, relative: float = 1e-10) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).norm()) <= relative * float(expected.norm())
+from tests.preconditioners.kfac_cases import (
+    DOUBLE,
+    EXACT,
+    LOSSES,
+    Scaled,
+    bits,
+    by_hand,
+    close,
+    learn,
+    mean_square,
+    mixed_state,
+    mlp,
+    randn,
+)
+from tests.preconditioners.oracles import block_places, dense, exact_factors, full, gauss_newton, sample_of
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -233,18 +201,6 @@ def test_sampled_factors_are_the_exact_ones_on_average(name: str, loss: str) -> 
         close(block["inner"], factors.inner)
 
 
-class Scaled(nn.Module):
-    """A parameter of no Linear layer, that every sample shares."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(randn(3, seed=7))
-        self.layer = nn.Linear(3, 3, dtype=DOUBLE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.scale * x))
-
-
 @pytest.mark.parametrize("factors", ["sampled", "exact"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_diagonal_of_other_parameters_on_average(loss: str, factors: str) -> None:
@@ -320,117 +276,6 @@ def test_factors_are_averaged_plainly_at_first_and_then_exponentially() -> None:
             close(values, torch.diag(block["spectrum"].reshape(-1)))
 
 
-def mixed_state() -> tuple[Sample, dict[str, Any], nn.Module, Tensor]:
-    torch.manual_seed(1)
-    model, x = nn.Sequential(Scaled(), nn.Tanh(), nn.Linear(3, 2, bias=False, dtype=DOUBLE)), randn(8, 3, seed=11)
-    sample = sample_of(model, x, by_hand)
-    return sample, learn(sample), model, x
-
-
-def columns(apply: Any, size: int) -> Tensor:
-    return torch.stack([apply(unit) for unit in torch.eye(size, dtype=DOUBLE)], 1)
-
-
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("shifts", [(0.3, 0.3, 0.3, 0.3), (0.01, 0.5, 0.5, 2.0), (1e3, 1e-6, 1e-6, 1.0)], ids=str)
-def test_the_inverse_is_that_of_the_damped_matrix(shifts: tuple[float, ...], scale: float) -> None:
-    sample, state, _, _ = mixed_state()
-    apply = KFAC(damping_scale=0.2).inverse(state, sample.parameters, scale, shifts)
-    damping = sample.parameters.uniform_or_vector(shifts) * torch.ones(sample.parameters.size, dtype=DOUBLE)
-    expected = torch.linalg.inv(scale * dense(state, sample.parameters) + 0.2 * torch.diag(damping))
-    found = columns(apply, sample.parameters.size)
-    close(found, expected, 1e-9)
-
-
-def test_a_block_takes_the_damping_of_its_weight() -> None:
-    sample, state, _, _ = mixed_state()
-    first = columns(EXACT.inverse(state, sample.parameters, 1.0, (0.1, 0.5, 9.0, 0.2)), sample.parameters.size)
-    second = columns(EXACT.inverse(state, sample.parameters, 1.0, (0.1, 0.5, 0.5, 0.2)), sample.parameters.size)
-    assert torch.equal(first, second)
-
-
-def test_without_anything_learned_there_is_no_preconditioner() -> None:
-    sample, _, _, _ = mixed_state()
-    assert KFAC().inverse({}, sample.parameters, 1.0, [0.1] * 4) is None
-    assert KFAC().describe({}) == "none yet"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("case", ["singular", "no curvature", "one direction tiny"])
-def test_without_damping_singular_factors_stay_finite_and_positive(case: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(2)
-    model = nn.Sequential(Scaled(), nn.Linear(3, 2, dtype=DOUBLE)).to(dtype)
-    x = randn(2, 3, seed=12).to(dtype)
-    if case == "singular":
-        x[:, 1] = 0
-    elif case == "one direction tiny":
-        x[:, 1] *= 1e-20
-    loss = (lambda z: 0 * mean_square(z) + 0 * z.square().sum()) if case == "no curvature" else mean_square
-    sample = sample_of(model, x, loss)
-    state, _ = EXACT.update({}, sample, 1)
-    apply = EXACT.inverse(state, sample.parameters, 1.0, [0.0] * len(sample.parameters.params))
-    found = torch.stack([apply(unit) for unit in torch.eye(sample.parameters.size, dtype=dtype)], 1)
-    assert bool(torch.isfinite(found).all())
-    values = torch.linalg.eigvalsh(0.5 * (found + found.T).double())
-    assert float(values.min()) >= -1e-6 * float(values.max())
-    if case == "no curvature":
-        torch.testing.assert_close(found, torch.eye(sample.parameters.size, dtype=dtype))
-
-
-def bits(state: Any) -> Any:
-    """Turn a state into something that compares bit for bit, with types, dtypes and strides."""
-    if isinstance(state, Tensor):
-        return (state.dtype, state.shape, state.stride(), state.contiguous().view(torch.uint8).tolist())
-    if isinstance(state, dict):
-        return {key: bits(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [bits(value) for value in state]
-    return (type(state), state)
-
-
-def test_a_state_is_never_changed() -> None:
-    sample, state, model, x = mixed_state()
-    before = bits(copy.deepcopy(state))
-    after, _ = KFAC().update(state, sample_of(model, -2 * x, by_hand, seed=5), 7)
-    EXACT.inverse(after, sample.parameters, 1.0, [0.1] * 4)(randn(sample.parameters.size))
-    EXACT.inverse(state, sample.parameters, 1.0, [0.1] * 4)(randn(sample.parameters.size))
-    assert bits(state) == before and bits(after) != before
-
-
-def test_a_state_goes_through_disk_bit_for_bit() -> None:
-    _, state, model, x = mixed_state()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=True)
-    assert bits(loaded) == bits(state)
-    again = sample_of(model, -2 * x, by_hand, seed=5)
-    assert bits(KFAC().update(loaded, again, 7)[0]) == bits(KFAC().update(state, again, 7)[0])
-
-
-def test_the_same_seed_draws_the_same_factors() -> None:
-    sample, _, _, _ = mixed_state()
-    assert bits(learn(sample, KFAC())) == bits(learn(sample, KFAC()))
-    assert bits(learn(sample, KFAC())) != bits(learn(dataclasses.replace(sample, seed=1), KFAC()))
-
-
-def test_the_global_random_state_is_left_alone() -> None:
-    sample, _, _, _ = mixed_state()
-    before = torch.get_rng_state()
-    learn(sample, KFAC())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("every", [1, 4])
-def test_the_first_three_steps_and_every_nth_are_due(every: int) -> None:
-    preconditioner, state, updated = KFAC(update_every=every), {}, []
-    for step in range(1, 16):
-        if preconditioner.due(state, step):
-            updated.append(step)
-            state = {"updates": len(updated), "step": step}
-    assert updated == (list(range(1, 16)) if every == 1 else [1, 2, 3, 7, 11, 15])
-
-
 class Aside(nn.Module):
     """A layer whose result is thrown away, and one that is never called."""
 
@@ -495,47 +340,44 @@ def test_numbers_that_are_not_finite_are_not_learned(bad: float) -> None:
         assert warning is not None and "not finite" in warning
 
 
-def test_parameters_of_half_precision_have_factors_of_single_precision() -> None:
-    torch.manual_seed(0)
-    model = mlp(3, 4, 2).to(torch.bfloat16)
-    sample = sample_of(model, randn(6, 3).to(torch.bfloat16), mean_square)
-    state = learn(sample, KFAC())
-    assert all(b[name].dtype == torch.float32 for b in state["blocks"] for name in ("inner", "outer", "spectrum"))
-    apply = KFAC().inverse(state, sample.parameters, 1.0, [0.1] * 4)
-    out = apply(torch.ones(sample.parameters.size))
-    assert out.dtype == torch.float32 and bool(torch.isfinite(out).all())
+def test_the_same_seed_draws_the_same_factors() -> None:
+    sample, _, _, _ = mixed_state()
+    assert bits(learn(sample, KFAC())) == bits(learn(sample, KFAC()))
+    assert bits(learn(sample, KFAC())) != bits(learn(dataclasses.replace(sample, seed=1), KFAC()))
 
 
-@pytest.mark.parametrize("name", ["noisy targets", "cross-entropy"])
-def test_conjugate_gradients_reach_the_same_solution_and_are_near_it_earlier(name: str) -> None:
-    model, x, targets, shift = mlp(20, 12, 12, 3), randn(256, 20, seed=13), randn(256, 3, seed=14), 1e-3
-    loss: Loss = cross_entropy if name == "cross-entropy" else lambda z: F.mse_loss(z, targets)
-    sample = sample_of(model, x, loss)
-    params = sample.parameters
-    operator = GaussNewton.from_loss(model, lambda z, _: loss(z), x, None)
-    rhs = -params.flatten(torch.autograd.grad(loss(model(x)), params.params))
-    matrix = gauss_newton(model, x, loss) + shift * torch.eye(params.size, dtype=DOUBLE)
-    apply = KFAC(damping_scale=1.0).inverse(learn(sample), params, 1.0, [shift] * 6)
-    assert apply is not None
-    for precondition in (None, apply):
-        solution = CG(max_iterations=3000, tolerance=1e-12).solve(operator, rhs, shift, precondition)
-        close(solution.value, torch.linalg.solve(matrix, rhs), 1e-8)
-    # The first iterations are what an optimizer pays for. (To many digits K-FAC may take more of them: what it
-    # knows nothing of, the correlation of layers, becomes a few very large eigenvalues.)
-    near = CG(max_iterations=3000, tolerance=0.1)
-    plain, better = (near.solve(operator, rhs, shift, m).iterations for m in (None, apply))
-    assert better <= 0.5 * plain, (better, plain)
-    inverse = columns(apply, params.size)
-    close(inverse, inverse.T, 1e-12)
-    assert float(torch.linalg.eigvalsh(0.5 * (inverse + inverse.T)).min()) > 0
+def test_the_global_random_state_is_left_alone() -> None:
+    sample, _, _, _ = mixed_state()
+    before = torch.get_rng_state()
+    learn(sample, KFAC())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 2, stride=2)
+        self.last = nn.Linear(16, 3)
+        self.to(DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))).flatten(1))
+
+
+PEERS: dict[str, Any] = {
+    "linear": lambda: (mlp(3, 4, 4, 3), randn(6, 3, seed=15)),
+    "linear without bias": lambda: (mlp(3, 4, 4, 3, bias=False), randn(6, 3, seed=15)),
+    "convolutions": lambda: (Convolutions(), randn(6, 2, 4, 4, seed=15)),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("together", [True, False], ids=["weight and bias", "weight alone"])
+@pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("loss", ["mean square", "cross-entropy"])
-def test_equals_the_kfac_of_curvlinops(loss: str, together: bool) -> None:
+def test_equals_the_kfac_of_curvlinops(loss: str, name: str) -> None:
     curvlinops = pytest.importorskip("curvlinops")
-    model, x = mlp(3, 4, 4, 3, bias=together), randn(6, 3, seed=15)
+    torch.manual_seed(0)
+    model, x = PEERS[name]()
     target = torch.ones(6, 3, dtype=DOUBLE) if loss == "mean square" else torch.arange(6) % 3
     sample = sample_of(model, x, LOSSES[loss])
     theirs = curvlinops.KFACLinearOperator(
@@ -548,28 +390,3 @@ def test_equals_the_kfac_of_curvlinops(loss: str, together: bool) -> None:
     )
     identity = torch.eye(sample.parameters.size, dtype=DOUBLE)
     close(dense(learn(sample), sample.parameters), torch.as_tensor(theirs @ identity), 1e-10)
-
-
-def test_what_a_report_says() -> None:
-    _, state, _, _ = mixed_state()
-    assert EXACT.describe(state) == "K-FAC of 2 layers (exact factors), diagonal of 1 other parameter"
-    alone = {"blocks": state["blocks"][:1], "diagonal": {}, "declined": []}
-    assert KFAC().describe(alone) == "K-FAC of 1 layer (sampled factors)"
-    assert nn.Linear in KFAC().taps
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"factors": "empirical"}, "factors='empirical' must be 'sampled' or 'exact'"),
-        ({"update_every": 0}, "update_every=0 must be an integer, 1 or more"),
-        ({"update_every": 2.5}, "update_every=2.5 must be"),
-        ({"decay": 1.0}, "decay=1.0 must satisfy 0 <= decay < 1"),
-        ({"decay": math.nan}, "decay=nan must"),
-        ({"damping_scale": 0.0}, "damping_scale=0.0 must be positive and finite"),
-        ({"damping_scale": math.inf}, "damping_scale=inf must be"),
-    ],
-)
-def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        KFAC(**settings)
