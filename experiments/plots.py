@@ -126,8 +126,6 @@ def style_axis(axis: Any, against: str) -> None:
         axis: A matplotlib axis, its lines drawn.
         against: What its x is: "seconds" or "samples".
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.set_xlabel(_LABELS[against])
     axis.grid(which="major", color="#E6E6E6", linewidth=0.8)
     axis.grid(which="minor", axis="y", color="#F3F3F3", linewidth=0.6)
@@ -137,13 +135,21 @@ def style_axis(axis: Any, against: str) -> None:
     for side in ("bottom", "left"):
         axis.spines[side].set_color("#999999")
     axis.tick_params(which="both", color="#999999", labelcolor=_INK)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    low, high = axis.get_ylim()
-    if high / low < 30:
-        # Powers of ten alone would leave one or two labels.
-        subs = range(1, 10) if high / low < 5 else (1, 2, 3, 5)
-        axis.yaxis.set_major_locator(LogLocator(subs=subs))
-        axis.yaxis.set_major_formatter(plain)
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(axis.yaxis)
     if against == "seconds":
-        axis.xaxis.set_major_formatter(plain)
+        axis.xaxis.set_major_formatter("{x:g}")
+
+
+def label_ticks(scale: Any) -> None:
+    """Label a logarithmic scale; where it is short, powers of ten alone would leave one or two labels.
+
+    Args:
+        scale: `axis.xaxis` or `axis.yaxis`, what is shown drawn.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = sorted(scale.get_view_interval())
+    if high / low < 30:
+        scale.set_major_locator(LogLocator(subs=range(1, 10) if high / low < 5 else (1, 2, 3, 5)))
+        scale.set_major_formatter("{x:g}")
+    scale.set_minor_formatter(NullFormatter())

@@ -1,0 +1,142 @@
+"""HessianFree with one thing changed at a time."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.benchmark.suite import Changes
+from experiments.benchmark.tuning import Tuned
+from experiments.optimizers import FullBatchSettings, HessianFreeSettings, RecipeSettings
+from experiments.problems import Problem
+from hessfree import (
+    CG,
+    KFAC,
+    ConstantDamping,
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    Identity,
+    Jacobi,
+    LevenbergMarquardt,
+    Nystrom,
+    QuadraticModelMomentum,
+    Woodbury,
+)
+
+PROBLEMS = ("8gaussians-fixed", "8gaussians-stable", "digits")  # no noise, a little, and many dimensions
+BUDGET_SECONDS = 8.0
+BASE = "default"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One change to the recipe that a problem is solved with.
+
+    Attributes:
+        arguments: Of HessianFree, that differ from the recipe's.
+        settings: Of `RecipeSettings` (batch, length of steps), that differ.
+        damping: Of the recipe's Levenberg-Marquardt rule, that differ.
+        streaming: Whether it is tried where rows are drawn anew for ever.
+        fixed: Whether it is tried where rows are fixed.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    damping: Mapping[str, Any] = field(default_factory=dict)
+    streaming: bool = True
+    fixed: bool = True
+
+
+def _ten(preconditioner: Any) -> Variation:
+    """A weak preconditioner needs more iterations than the recipe has: give each ten."""
+    return Variation({"preconditioner": preconditioner, "solver": CG(max_iterations=10)})
+
+
+VARIATIONS: dict[str, Variation] = {
+    BASE: Variation(),
+    "no preconditioner, CG 10": _ten(Identity()),
+    "Jacobi, CG 10": _ten(Jacobi()),
+    "empirical Fisher diagonal, CG 10": _ten(EmpiricalFisherDiagonal()),
+    "Nystrom 50, CG 10": _ten(Nystrom(rank=50)),
+    "K-FAC, CG 10": _ten(KFAC()),
+    **{
+        f"K-FAC, CG {n}": Variation({"preconditioner": KFAC(), "solver": CG(max_iterations=n)})
+        for n in (0, 1, 2, 3, 5, 20)
+    },
+    **{
+        f"Woodbury 256, CG {n}": Variation({"preconditioner": Woodbury(), "solver": CG(max_iterations=n)})
+        for n in (0, 3)
+    },
+    **{f"curvature on {n} rows": Variation({"curvature_batch": n}) for n in (256, 512)},
+    "curvature on all rows": Variation({"curvature_batch": None}, fixed=False),
+    "no momentum": Variation({"momentum": None}, streaming=False),
+    "two-dimensional model with the previous step": Variation({"momentum": QuadraticModelMomentum()}, fixed=False),
+    "K-FAC learned at every step": Variation({"preconditioner": KFAC(update_every=1)}, fixed=False),
+    "K-FAC learned at every 20th step": Variation({"preconditioner": KFAC(update_every=20)}, fixed=False),
+    "Woodbury learned at every 2nd step": Variation({"preconditioner": Woodbury(update_every=2)}, streaming=False),
+    "Woodbury learned at every 50th step": Variation({"preconditioner": Woodbury(update_every=50)}, streaming=False),
+    "K-FAC, exact factors": Variation({"preconditioner": KFAC(factors="exact")}, fixed=False),
+    "K-FAC to the power 1/2": Variation({"preconditioner": KFAC(power=0.5)}, fixed=False),
+    "constant damping": Variation({"damping_rule": ConstantDamping()}),
+    "damping test at every step": Variation(damping={"every": 1, "test": "replay"}),
+    "damping test at every 5th step": Variation(damping={"every": 5, "test": "replay"}, streaming=False),
+    "damping test at every 20th step": Variation(damping={"every": 20}, fixed=False),
+    "steps of constant length": Variation(settings={"final_length": 1.0}, fixed=False),
+    "cosine on fixed rows": Variation(settings={"final_length": 0.0}, streaming=False),
+    "half the batch": Variation(settings={"batch_share": 0.5}, fixed=False),
+    "twice the batch": Variation(settings={"batch_share": 2.0}, fixed=False),
+}
+
+
+def variations(problem: Problem, tuned: Tuned) -> dict[str, RecipeSettings]:
+    """Give the settings of every variation that makes sense on a problem.
+
+    Args:
+        problem: What is solved.
+        tuned: The settings around which things are varied are those that HessianFree was tuned to on this problem, or
+            its defaults.
+
+    Returns:
+        Settings by name of the variation.
+    """
+    chosen: Changes = tuned.get(problem.name, {}).get("hessfree", {}).get("chosen", {})
+    fixed = problem.rows is not None
+    return {
+        name: _vary(one, problem, chosen) for name, one in VARIATIONS.items() if (one.fixed if fixed else one.streaming)
+    }
+
+
+def _vary(variation: Variation, problem: Problem, chosen: Changes) -> RecipeSettings:
+    """Write out the recipe of a problem, and change it."""
+    arguments: Changes
+    if problem.rows is not None:
+        full = FullBatchSettings.for_problem(problem, **chosen)
+        arguments = {"damping": full.damping, "preconditioner": Woodbury(samples=full.samples)}
+        base = RecipeSettings(recipe=HessianFree.full_batch, batch_size=full.batch_size, lr=full.lr, final_length=1.0)
+        rule = _damping_rule(full)
+    else:
+        some = HessianFreeSettings.for_problem(problem, **chosen)
+        arguments = {
+            "damping": some.damping,
+            "solver": CG(max_iterations=some.cg_iterations),
+            "curvature_batch": some.curvature_batch,
+        }
+        base = RecipeSettings(recipe=HessianFree.stochastic, batch_size=some.batch_size, lr=some.lr)
+        rule = _damping_rule(some)
+    arguments |= {"damping_rule": dataclasses.replace(rule, **variation.damping), **variation.arguments}
+    settings = dict(variation.settings)
+    batch_size = round(settings.pop("batch_share", 1.0) * base.batch_size)
+    if isinstance(rows := arguments.get("curvature_batch"), int):
+        arguments["curvature_batch"] = min(rows, batch_size)
+    return dataclasses.replace(base, recipe=partial(base.recipe, **arguments), batch_size=batch_size, **settings)
+
+
+def _damping_rule(settings: FullBatchSettings | HessianFreeSettings) -> LevenbergMarquardt:
+    """Ask the optimizer for the rule of its recipe, rather than repeat it here."""
+    optimizer = settings.build([nn.Parameter(torch.zeros(1))], seed=0)
+    assert isinstance(optimizer, HessianFree) and isinstance(optimizer.settings.damping_rule, LevenbergMarquardt)
+    return optimizer.settings.damping_rule

@@ -1,0 +1,132 @@
+"""Runs in fresh processes, so that imports, first-step tracing and threads are the same for all."""
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.comparison import load_torch_optimizers
+from experiments.environment import choose_device
+from experiments.optimizers import Settings
+from experiments.problems import make
+from experiments.training import train
+
+Row = dict[str, Any]  # one run, as results.json has it
+
+_POINTS = 60  # evaluations a run: neighbours are 8 % apart in time, and crossings are interpolated between them
+_FIRST_POINT = 0.01  # of the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One run that is to be made. It can be pickled.
+
+    Attributes:
+        problem: A name of `experiments.problems.PROBLEMS`.
+        optimizer: What to call the optimizer.
+        settings: Its settings.
+        seed: Fixes initial weights and data.
+        budget_seconds: Seconds of training.
+        threads: Of torch, within an operation.
+        device: Where the training runs.
+    """
+
+    problem: str
+    optimizer: str
+    settings: Settings
+    seed: int
+    budget_seconds: float
+    threads: int
+    device: str = "cpu"
+
+
+def perform(work: Work) -> Row:
+    """Make a run in this process.
+
+    On the clock are the building of the optimizer, rows, and steps, the first one with its tracing included. Off the
+    clock are imports: an optimizer should not pay for the other optimizers that its package holds.
+
+    Args:
+        work: The run.
+
+    Returns:
+        The row of results.json. Scores that are not finite are None; so is the final score of a run that ended in a
+        matrix without a factorisation, which is divergence too.
+    """
+    torch.set_num_threads(work.threads)
+    problem = make(work.problem, choose_device(work.device))
+    load_torch_optimizers()
+    work.settings.build([nn.Parameter(torch.zeros(1))], work.seed)
+    budget = work.budget_seconds
+    moments = [budget * _FIRST_POINT ** (1 - index / (_POINTS - 1)) for index in range(_POINTS)]
+    row: Row = {
+        "problem": work.problem,
+        "optimizer": work.optimizer,
+        "seed": work.seed,
+        "budget_seconds": budget,
+        "score": problem.score,
+        "settings": recorded(work.settings),
+    }
+    try:
+        run = train(problem, work.optimizer, work.settings, seed=work.seed, budget_seconds=budget, moments=moments)
+    except torch.linalg.LinAlgError as error:
+        nothing: Row = {"seconds": None, "final": None, "losses": {}, "steps": None, "samples": None}
+        return row | nothing | {"error": str(error), "curve": {"seconds": [], "score": [], "samples": []}}
+    return row | {
+        "seconds": run.final.seconds,
+        "final": _finite(run.final.losses[problem.score]),
+        "losses": {name: _finite(value) for name, value in run.final.losses.items()},
+        "steps": run.final.step,
+        "samples": run.final.samples,
+        "curve": {
+            "seconds": [point.seconds for point in run.points],
+            "score": [_finite(point.losses[problem.score]) for point in run.points],
+            "samples": [point.samples for point in run.points],
+        },
+    }
+
+
+def perform_all(works: Sequence[Work], jobs: int = 1) -> Iterator[Row]:
+    """Make runs, each in a process of its own.
+
+    Args:
+        works: The runs.
+        jobs: How many at a time; 0: one after the other in this process, which no timing should be taken from.
+
+    Yields:
+        The rows, in the order of `works`, each as soon as it and those before it are there.
+    """
+    if jobs == 0:
+        yield from map(perform, works)
+        return
+    with ThreadPoolExecutor(jobs) as waiting:
+        yield from waiting.map(_perform_alone, works)
+
+
+def _perform_alone(work: Work) -> Row:
+    # A new interpreter rather than a fork: torch's threads do not survive one, and imports start from nothing.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(perform, work).result()
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """Give settings as JSON can hold them.
+
+    Args:
+        settings: A dataclass.
+
+    Returns:
+        Values by name; what is no number is written out.
+    """
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: value if isinstance(value, int | float | None) else repr(value) for name, value in values.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

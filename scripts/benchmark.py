@@ -1,0 +1,98 @@
+"""Measure HessianFree against tuned rivals at equal seconds, or its own parts against each other.
+
+python scripts/benchmark.py optimizers
+python scripts/benchmark.py optimizers --tune --jobs 2 --problems digits
+python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
+python scripts/benchmark.py ablation --problems 8gaussians-stable
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+try:
+    from experiments.benchmark import suite
+    from experiments.benchmark.ablation import PROBLEMS
+    from experiments.benchmark.job import COMMANDS, Job
+    from experiments.environment import UsageError
+except ModuleNotFoundError as error:
+    print(f'benchmark.py: error: {error}; run in the clone: pip install -e ".[experiments]"', file=sys.stderr)
+    sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"benchmark.py: error: {message}; see --help\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
+    """Read the command line.
+
+    Args:
+        arguments: Words after the program's name; None: those the process was given.
+
+    Returns:
+        The command, and what to do, not yet checked.
+    """
+    default = Job()
+    common = _Parser(add_help=False)
+    common.add_argument("--quick", action="store_true", help="half a second a run: shows that all runs, and no more")
+    common.add_argument("--out", type=Path, metavar="DIR", help="where results go [runs/benchmark or runs/ablation]")
+    common.add_argument("--fresh", action="store_true", help="start over: leave out the results that --out holds")
+    common.add_argument("--seeds", nargs="+", type=int, default=default.seeds, metavar="N", help="runs [0 1 2]")
+    common.add_argument("--threads", type=int, default=default.threads, metavar="N", help="of torch [%(default)d]")
+    common.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
+    common.add_argument("--budget-seconds", type=float, metavar="S", help="of each run, in place of the problem's")
+    common.add_argument("--tuned", type=Path, metavar="FILE", help="settings found by --tune [the published ones]")
+    common.add_argument(
+        "--jobs",
+        type=int,
+        default=default.jobs,
+        metavar="N",
+        help="trials at a time, which share the threads; reported runs go one by one in any case [%(default)d]",
+    )
+    parser = _Parser(prog="benchmark.py", description=__doc__.partition("\n")[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    optimizers = commands.add_parser(
+        "optimizers", parents=[common], allow_abbrev=False, help="HessianFree against its rivals"
+    )
+    optimizers.add_argument("--tune", action="store_true", help="find the settings of each, instead of running them")
+    optimizers.add_argument("--problems", nargs="+", metavar="NAME", help=f"{', '.join(suite.BUDGETS)} [all]")
+    optimizers.add_argument("--optimizers", nargs="+", metavar="NAME", help=f"{', '.join(suite.CONTENDERS)} [all]")
+    ablation = commands.add_parser(
+        "ablation", parents=[common], allow_abbrev=False, help="HessianFree with one thing changed at a time"
+    )
+    ablation.add_argument(
+        "--problems", nargs="+", metavar="NAME", help=f"{', '.join(suite.BUDGETS)} [{' '.join(PROBLEMS)}]"
+    )
+    ablation.add_argument(
+        "--variations", dest="optimizers", nargs="+", metavar="NAME", help="of the table's first column [all]"
+    )
+    words = vars(parser.parse_args(arguments))
+    return words.pop("command"), Job(**words)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark.
+
+    Args:
+        arguments: Words after the program's name; None: those the process was given.
+
+    Returns:
+        The exit code: 0, or 2 for input that makes no sense.
+    """
+    command, job = parse(arguments)
+    try:
+        COMMANDS[command](job)
+    except UsageError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+import dataclasses
+import pickle
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.benchmark import ablation
+from experiments.benchmark.suite import BUDGETS, CONTENDERS, TRIALS, contenders
+from experiments.problems import PROBLEMS, Problem
+from hessfree import CG, KFAC, HessianFree, Identity, LevenbergMarquardt
+
+
+def sized(dim: int, rows: int | None = None) -> Problem:
+    return cast(Problem, SimpleNamespace(name="made-up", dim=dim, rows=rows))
+
+
+SIZES = [sized(2), sized(64), sized(784), sized(2, 4096), sized(2, 1280), sized(784, 1500)]
+
+
+def test_the_suite_exists() -> None:
+    assert set(BUDGETS) <= set(PROBLEMS) and set(ablation.PROBLEMS) <= set(BUDGETS)
+
+
+@pytest.mark.parametrize("problem", SIZES)
+def test_each_contender_has_as_many_trials_as_any_other(problem: Problem) -> None:
+    names = contenders(problem)
+    assert {"hessfree", "adam", "soap"} <= set(names)
+    assert ("lbfgs" in names) == (problem.rows is not None)
+    assert ("kfac" in names) == (problem.rows is None and problem.dim == 784)
+    for name in names:
+        grid = CONTENDERS[name].grid(problem)
+        assert len(grid) == TRIALS == len({str(changes) for changes in grid})
+        for changes in grid:
+            settings: Any = CONTENDERS[name].settings(problem, **changes)
+            assert changes.items() <= vars(settings).items()
+            settings.check(10**5)
+            pickle.loads(pickle.dumps(settings)).build([nn.Parameter(torch.zeros(1))], 0)
+            if problem.rows is not None:
+                assert settings.batch_size <= problem.rows
+
+
+def test_contenders_by_name() -> None:
+    assert contenders(sized(2), ["lbfgs", "adam"]) == ["adam"]
+    assert contenders(sized(2, 96), ["lbfgs", "adam"]) == ["adam", "lbfgs"]
+
+
+@pytest.mark.parametrize("problem", SIZES)
+def test_every_variation_changes_one_thing(problem: Problem) -> None:
+    varied = ablation.variations(problem, {})
+    built = {}
+    for name, settings in varied.items():
+        optimizer = pickle.loads(pickle.dumps(settings)).build([nn.Parameter(torch.zeros(1))], 0)
+        assert isinstance(optimizer, HessianFree)
+        strategies = {one.name: getattr(optimizer.settings, one.name) for one in dataclasses.fields(optimizer.settings)}
+        numbers = (settings.batch_size, settings.final_length, settings.lr, optimizer.param_groups[0]["damping"])
+        built[name] = strategies | dict(zip(("batch", "final", "lr", "damping"), numbers, strict=True))
+    base = built.pop(ablation.BASE)
+    for name, one in built.items():
+        changed = {key for key, value in one.items() if value != base[key]}
+        # a variation may be what is already the recipe
+        allowed = {"preconditioner", "solver"} if "CG" in name else set(list(changed)[:1])
+        assert changed <= allowed or changed <= {"batch", "curvature_batch"}, name
+
+
+def test_variations_start_from_what_was_tuned() -> None:
+    streaming = sized(2)
+    tuned = {"made-up": {"hessfree": {"chosen": {"batch_size": 4096, "minimum_damping": 1e-5}}}}
+    varied = ablation.variations(streaming, tuned)
+    base = varied[ablation.BASE].build([nn.Parameter(torch.zeros(1))], 0)
+    assert isinstance(base, HessianFree)
+    assert varied[ablation.BASE].batch_size == 4096
+    assert base.settings.damping_rule == LevenbergMarquardt(every=5, minimum=1e-5)
+    assert base.settings.curvature_batch == 512 and base.settings.solver == CG(max_iterations=3)
+    assert base.settings.preconditioner == KFAC()
+    plain = varied["no preconditioner, CG 10"].build([nn.Parameter(torch.zeros(1))], 0)
+    assert isinstance(plain, HessianFree)
+    assert plain.settings.preconditioner == Identity() and plain.settings.solver == CG(max_iterations=10)
+    assert plain.settings.damping_rule == base.settings.damping_rule
+    assert varied["half the batch"].batch_size == 2048

@@ -1,0 +1,78 @@
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.benchmark import tuning
+from experiments.benchmark.measure import Row, Work
+from experiments.environment import UsageError
+from experiments.optimizers import AdamSettings
+from experiments.problems import Problem, make
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return make("moons")
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, score: Any) -> list[Work]:
+    """Let runs end where a function of their settings says."""
+    seen: list[Work] = []
+
+    def perform_all(works: Sequence[Work], jobs: int) -> Iterator[Row]:
+        seen.extend(works)
+        return ({"final": score(work.settings), "steps": 7} for work in works)
+
+    monkeypatch.setattr(tuning, "perform_all", perform_all)
+    return seen
+
+
+def test_the_best_is_chosen_and_all_are_recorded(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = answer(monkeypatch, lambda one: None if one.lr > 0.05 else abs(one.lr - 0.003) + one.batch_size / 1e6)
+    lines: list[str] = []
+    record = tuning.tune(problem, ["adam"], budget_seconds=12.0, threads=2, jobs=2, say=lines.append)
+    one = record["adam"]
+    assert one["chosen"] == {"lr": 3e-3, "batch_size": 1024}
+    assert len(one["trials"]) == 8 == len(works)
+    assert [trial["score"] for trial in one["trials"] if trial["changes"]["lr"] == 0.1] == [None, None]
+    assert {(work.seed, work.budget_seconds, work.threads) for work in works} == {(1000, 6.0, 1)}
+    assert one["seed"] == 1000 and one["budget_seconds"] == 6.0
+    assert "adam with lr 0.1, batch_size 4096: diverged" in "\n".join(lines)
+    assert lines[-1] == "moons: adam takes lr 0.003, batch_size 1024"
+
+
+def test_nothing_is_chosen_where_all_diverged(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, lambda one: None)
+    with pytest.raises(UsageError, match="soap diverged on moons with all settings"):
+        tuning.tune(problem, ["soap"], budget_seconds=1.0, threads=1, jobs=1, say=lambda line: None)
+
+
+def test_settings_from_the_record(problem: Problem, tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    assert tuning.load(path) == {}
+    tuning.save(path, {"moons": {"adam": {"chosen": {"lr": 0.02, "batch_size": 64}}}})
+    tuned = tuning.load(path)
+    assert tuning.settings_of("adam", problem, tuned) == AdamSettings(lr=0.02, batch_size=64)
+    with pytest.raises(UsageError, match="soap has not been tuned on moons.*--tune --problems moons --optimizers soap"):
+        tuning.settings_of("soap", problem, tuned)
+    guess: Any = tuning.settings_of("soap", problem, tuned, untuned=True)
+    assert guess.lr == 0.01
+    tuned["moons"]["adam"]["chosen"] = {"colour": 1}
+    with pytest.raises(UsageError, match="does not fit .*colour.*--tune"):
+        tuning.settings_of("adam", problem, tuned)
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"moons": {"adam": {}}}', '{"moons": {"adam": {"chosen": 1}}}'])
+def test_a_record_of_something_else(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="holds no tuned settings.*--tune"):
+        tuning.load(path)
+
+
+def test_the_published_record_fits_the_suite() -> None:
+    for name, contenders in tuning.load().items():
+        problem = make(name)
+        for contender in contenders:
+            tuning.settings_of(contender, problem, {name: contenders})
