@@ -40,7 +40,8 @@ class CG:
             drifted from it (van der Vorst & Ye 2000): x then gets as accurate as the products are. For long solves
             from far starts in low precision; an accelerator is waited for at every iteration.
         every: Iterate at every so many solves only. Between them the solution is α z with the step length α that
-            the last iteration found along its own z = M⁻¹b, and takes no product. Needs `max_iterations=1`.
+            the last iteration found along its own z = M⁻¹b, and takes no product. Nothing has seen the curvature
+            there, so it is no longer than the last iteration's, in the norm of M. Needs `max_iterations=1`.
     """
 
     max_iterations: int = 250
@@ -131,7 +132,7 @@ class CG:
             rows = self._iterate(run, stop, self._waits(rhs))
             solution = _conclude(run, rows, stop)
             if self.every > 1 and rows[-1].length > 0 and solution.status in {Status.ITERATIONS, Status.CONVERGED}:
-                noted |= {"length": rows[-1].length, "reused": 0}
+                noted |= {"length": rows[-1].length, "decrease": -rows[-1].model, "reused": 0}
         if self.warm_start > 0:
             noted["solution"] = solution.value
         return dataclasses.replace(solution, memory=noted)
@@ -150,8 +151,11 @@ class CG:
     def _reused(self, rhs: Tensor, precondition: Map | None, memory: Mapping[str, Any]) -> Solution:
         """Return the preconditioned right-hand side at the step length of an earlier solve."""
         z = rhs if precondition is None else precondition(rhs)
-        noted = {"length": memory["length"], "reused": memory["reused"] + 1}
-        return dataclasses.replace(_direct(memory["length"] * z, rhs, Status.REUSED), memory=noted)
+        length = memory["length"]
+        # m falls by ½ bᵀx along a line on which the length is right
+        shorter = (2 * memory["decrease"] / (length * (rhs @ z)).abs()).clamp_max(1).sqrt()
+        noted = {**memory, "reused": memory["reused"] + 1}
+        return dataclasses.replace(_direct(shorter * length * z, rhs, Status.REUSED), memory=noted)
 
     def _waits(self, rhs: Tensor) -> bool:
         """Tell whether to look at every iteration's numbers at once; a run that stopped inside changes no more."""

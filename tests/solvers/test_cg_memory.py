@@ -85,7 +85,8 @@ def length_of(matrix: Tensor, rhs: Tensor, shift: float, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("every", [2, 4])
 def test_a_step_length_is_found_at_every_nth_solve_and_reused_between(every: int) -> None:
     solver, memory, products = CG(max_iterations=1, every=every), None, []
-    length = torch.tensor(math.nan)
+    length = limit = torch.tensor(math.nan)
+    shortened = 0
     for i in range(9):
         rhs, operator = vector(SIZE, seed=50 + i), DenseOperator(MATRIX + 0.01 * i * torch.eye(SIZE))
         shift = 0.1 + 0.02 * i
@@ -93,13 +94,26 @@ def test_a_step_length_is_found_at_every_nth_solve_and_reused_between(every: int
         found = solver.solve(operator, rhs, shift, jacobi(MATRIX, shift), memory=memory)
         if i % every == 0:
             length = length_of(operator.matrix, rhs, shift, z)
-        torch.testing.assert_close(found.value, length * z, rtol=1e-12, atol=1e-14)
+            limit = length * (rhs @ z)  # length² zᵀMz, up to the length
+        factor = (limit / (length * (rhs @ z))).sqrt().clamp_max(1)
+        shortened += int(factor < 0.999)
+        torch.testing.assert_close(found.value, factor * length * z, rtol=1e-12, atol=1e-14)
         assert (found.status is Status.REUSED) == (i % every > 0) and not found.failed
         check(found, operator.matrix, rhs, shift)
         products.append(operator.products)
         memory = found.memory
         assert {type(value) for value in memory.values()} == {float, int}
     assert products == [int(i % every == 0) for i in range(9)]
+    assert 0 < shortened < 9 - sum(products)
+
+
+def test_a_reused_step_length_is_no_leap_where_the_gradient_explodes() -> None:
+    solver = CG(max_iterations=1, every=2)
+    first = solver.solve(DenseOperator(MATRIX), RHS, 0.1)
+    again = solver.solve(DenseOperator(MATRIX), 1e6 * RHS, 0.1, memory=first.memory)
+    torch.testing.assert_close(again.value, first.value)
+    smaller = solver.solve(DenseOperator(MATRIX), 1e-3 * RHS, 0.1, memory=first.memory)
+    torch.testing.assert_close(smaller.value, 1e-3 * first.value)
 
 
 def test_a_length_of_no_meaning_is_not_reused() -> None:
