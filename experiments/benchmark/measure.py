@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiments.comparison import load_torch_optimizers
 from experiments.environment import choose_device
@@ -62,7 +61,7 @@ def perform(work: Work) -> Row:
     torch.set_num_threads(work.threads)
     problem = make(work.problem, choose_device(work.device))
     load_torch_optimizers()
-    work.settings.build([nn.Parameter(torch.zeros(1))], work.seed)
+    work.settings.build(problem.initial_model(work.seed).parameters(), work.seed)
     budget = work.budget_seconds
     moments = [budget * _FIRST_POINT ** (1 - index / (_POINTS - 1)) for index in range(_POINTS)]
     row: Row = {
@@ -122,9 +121,9 @@ def recorded(settings: Settings) -> dict[str, Any]:
         settings: A dataclass.
 
     Returns:
-        Values by name; what is no number is written out.
+        Values by name; what is no number is written out, and what the settings do not show is left out.
     """
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.repr}
     return {name: value if isinstance(value, int | float | None) else repr(value) for name, value in values.items()}
 
 

@@ -3,12 +3,10 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from experiments.optimizers import RecipeSettings, Settings, settings_class
+from experiments.optimizers import Settings, settings_class
 from experiments.problems import Problem
-from hessfree import CG, KFAC, ConstantDamping, HessianFree
 
 Changes = dict[str, Any]  # settings by name, where they differ from the defaults for a problem
 
@@ -70,31 +68,10 @@ def _hessian_free(problem: Problem) -> list[Changes]:
     return _product(minimum_damping=(1e-6, 1e-4), batch_size=batches)
 
 
-def kfac(problem: Problem, **changes: Any) -> RecipeSettings:
-    """Give the settings of K-FAC to the power -½ without conjugate gradients: a K-FAC step, and called that.
-
-    Args:
-        problem: What is to be solved.
-        **changes: Settings that are to differ.
-
-    Returns:
-        Short steps after a warm-up, at a small constant damping; factors learned anew at every one of the first steps.
-    """
-    recipe = partial(
-        HessianFree.stochastic,
-        damping=1e-5,
-        damping_rule=ConstantDamping(),
-        solver=CG(max_iterations=0),
-        preconditioner=KFAC(power=0.5, damping_scale=1.0, update_every=20, warmup_updates=30),
-    )
-    defaults: Changes = {"recipe": recipe, "lr": 0.15, "warmup": 0.1, "batch_size": 1024}
-    return RecipeSettings.for_problem(problem, **defaults | changes)
-
-
 CONTENDERS = {
     "hessfree": Contender(_default("hessfree"), _hessian_free, lambda problem: True),
     "kfac": Contender(
-        kfac,
+        _default("kfac"),
         lambda problem: _product(lr=(0.15, 0.1, 0.05, 0.3), batch_size=(1024, 512)),
         lambda problem: problem.rows is None and problem.dim > 64,
     ),

@@ -9,6 +9,7 @@ from experiments.optimizers.base import CommonSettings, Settings
 from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings, RecipeSettings
+from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
 from experiments.optimizers.soap import SOAPSettings
 
@@ -19,6 +20,7 @@ __all__ = [
     "DenseFisherSettings",
     "FullBatchSettings",
     "HessianFreeSettings",
+    "KFACSettings",
     "LBFGSSettings",
     "RecipeSettings",
     "SOAPSettings",

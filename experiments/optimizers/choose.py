@@ -10,6 +10,7 @@ from experiments.optimizers.adam import AdamSettings
 from experiments.optimizers.base import Settings
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings
+from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
 from experiments.optimizers.soap import SOAPSettings
 from experiments.problems import Problem
@@ -20,6 +21,7 @@ OPTIMIZERS: dict[str, type[Settings]] = {
     "adam": AdamSettings,
     "soap": SOAPSettings,
     "lbfgs": LBFGSSettings,
+    "kfac": KFACSettings,
 }
 
 
@@ -87,7 +89,7 @@ def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | N
     if optimizer not in OPTIMIZERS:
         raise UsageError(f"--set {assignment!r}: no optimizer {optimizer!r}; choose from: {', '.join(OPTIMIZERS)}")
     settings = settings_class(optimizer, problem)
-    known = [field.name for field in dataclasses.fields(settings)]
+    known = [field.name for field in dataclasses.fields(settings) if field.repr]
     if setting not in known:
         raise UsageError(f"--set {assignment!r}: {optimizer} has no setting {setting!r}; it has: {', '.join(known)}")
     return optimizer, setting, _convert(assignment, text.strip(), get_type_hints(settings)[setting])

@@ -16,6 +16,7 @@ from experiments.optimizers import (
     DenseFisherSettings,
     FullBatchSettings,
     HessianFreeSettings,
+    KFACSettings,
     LBFGSSettings,
     RecipeSettings,
     SOAPSettings,
@@ -23,8 +24,8 @@ from experiments.optimizers import (
     default_optimizers,
     settings_class,
 )
-from experiments.problems import Problem
-from hessfree import CG, HessianFree, Identity
+from experiments.problems import Problem, make
+from hessfree import CG, KFAC, HessianFree, Identity
 
 
 def sized(dim: int, rows: int | None = None) -> Problem:
@@ -158,6 +159,22 @@ def test_recipes_can_be_sent_to_another_process() -> None:
     assert isinstance(optimizer, HessianFree)
     assert optimizer.settings.solver == CG(max_iterations=2) and optimizer.settings.seed == 7
     assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.settings.momentum is not None
+
+
+def test_kfac_takes_the_moments_of_the_data() -> None:
+    problem = make("moons")
+    settings = KFACSettings.for_problem(problem, lr=0.5)
+    assert settings == KFACSettings(lr=0.5) and "data" not in repr(settings)
+    assert settings.data is not None
+    parameters = list(problem.initial_model(0).parameters())
+    optimizer = settings.build(parameters, seed=0)
+    assert isinstance(optimizer, HessianFree) and isinstance(optimizer.settings.preconditioner, KFAC)
+    [(weight, moments)] = (optimizer.settings.preconditioner.input_moments or {}).items()
+    assert weight is parameters[0]
+    assert torch.allclose(moments.mean[:2], settings.data.double().mean(0) / 2)
+    assert KFACSettings.for_problem(FIXED).data is None and KFACSettings.for_problem(FIXED).batch_size == 96
+    with pytest.raises(UsageError, match="kfac has no setting 'data'"):
+        choose_settings(["kfac"], ["kfac.data=1"], FLAT)
 
 
 @pytest.mark.parametrize("problem", [FLAT, FIXED])
