@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from hessfree.preconditioners.kronecker import matrix_of
 from hessfree.preconditioners.sample_rows import Leading, pull_back, sample_rows
 from hessfree.recording import Call
 
-MOST_COLUMNS = 4  # outputs a sample up to which each has a row of its own
+MOST_COLUMNS = 4  # each output has a row of its own up to so many rows for each sample asked for
+LARGE_PRIME = 2_147_483_647  # between the seeds of several draws, apart from those of other steps
 
 
 def jacobian_rows(
@@ -64,10 +66,16 @@ def _leading(sample: Sample, count: int | None) -> tuple[list[Leading], bool]:
     """Return the samples that have rows, and whether their rows are exact rather than of random signs."""
     space, form = sample.hessian.space, sample.hessian.form
     if all(shape and shape[0] == sample.samples for shape in space.shapes):
-        exact = space.size <= MOST_COLUMNS * sample.samples and form is not None
-        vectors, _ = cotangents(sample, "exact" if exact else "sampled")
-        count = sample.samples if count is None else min(count, sample.samples)
-        columns = [_masked(sample, u, count) for u in vectors]
+        asked = sample.samples if count is None else count
+        count = min(asked, sample.samples)
+        exact = form is not None and space.size // sample.samples * count <= MOST_COLUMNS * asked
+        if exact:
+            vectors, _ = cotangents(sample, "exact")
+            columns = [_masked(sample, u, count) for u in vectors]
+        else:  # fewer samples than were asked for have several rows of random signs each
+            draws = max(1, asked // count)
+            several = [dataclasses.replace(sample, seed=sample.seed + k * LARGE_PRIME) for k in range(draws)]
+            columns = [_masked(sample, u, count) / math.sqrt(draws) for s in several for u in cotangents(s, "sampled")[0]]
         return [Leading(tuple(range(len(space.shapes))), sample.samples, count, columns)], exact
     # outputs that share no batch dimension: H is diagonal, or has no structure
     sizes = [shape[0] if shape else 1 for shape in space.shapes]

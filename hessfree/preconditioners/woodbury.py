@@ -32,8 +32,9 @@ class Woodbury(Refresh):
     `QuadraticModelMomentum`. On streaming data it loses to K-FAC alone.
 
     Attributes:
-        samples: Samples that U is made of: one row an output for up to 4 outputs, else one row of random signs. None
-            for all: then, up to 4 outputs, M is G + `damping_scale`·λI itself, and K plays no part.
+        samples: Samples that U is made of: one row an output where that makes at most 4·`samples` rows, else rows of
+            random signs, `samples` in all. None for all of the batch. Where every sample has a row an output, M is
+            G + `damping_scale`·λI itself, and K plays no part.
         weight: τ.
         kfac: How K is learned.
         update_every: Steps between updates of both parts.
