@@ -108,8 +108,8 @@ def write_summary(path: Path, rows: Sequence[Row]) -> Path:
     final, time = figure.subplots(1, 2, sharey=True)
     _dots(final, summaries, problems, "ratio")
     _dots(time, summaries, problems, "share")
-    final.set_xlabel(f"final score over {OURS}'s (right of 1: worse)")
-    time.set_xlabel(f"share of the budget to {REFERENCE}'s final score (left: sooner)")
+    final.set_xlabel(f"final score over {OURS}'s (cross: diverged)")
+    time.set_xlabel(f"share of the budget to {REFERENCE}'s final score (cross: never)")
     final.set_yticks(range(len(problems)), problems)
     final.invert_yaxis()
     handles, names = final.get_legend_handles_labels()
@@ -122,10 +122,24 @@ def _dots(axis: Any, summaries: Sequence[Summary], problems: Sequence[str], valu
     axis.set_xscale("log")
     axis.axvline(1, color="#BBBBBB", linewidth=1, zorder=0)
     for index, name in enumerate(dict.fromkeys(one.optimizer for one in summaries)):
-        shown = [(getattr(one, value), problems.index(one.problem)) for one in summaries if one.optimizer == name]
-        shown = [(x, y) for x, y in shown if math.isfinite(x) and x > 0]
+        places = [(getattr(one, value), problems.index(one.problem)) for one in summaries if one.optimizer == name]
+        shown = [(x, y) for x, y in places if math.isfinite(x) and x > 0]
         xs, ys = zip(*shown, strict=True) if shown else ((), ())
         axis.scatter(xs, ys, color=_colour(name, index), s=45, label=name, zorder=2)
+        # What never came must be seen too: inside the right edge, beside each other.
+        never = [y for x, y in places if math.isinf(x)]
+        edge = [0.985 - 0.025 * index] * len(never)
+        axis.scatter(
+            edge,
+            never,
+            color=_colour(name, index),
+            s=30,
+            marker="x",
+            transform=axis.get_yaxis_transform(),
+            clip_on=False,
+        )
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right * (right / left) ** 0.15)  # room for the crosses
     label_ticks(axis.xaxis)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)

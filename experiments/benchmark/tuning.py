@@ -73,15 +73,32 @@ def tune(
         best = min(range(len(grid)), key=lambda k: math.inf if (score := scores[k]) is None else score)
         if scores[best] is None:
             raise UsageError(f"{name} diverged on {problem.name} with all settings of its grid; change it in suite.py")
-        say(f"{problem.name}: {name} takes {written(grid[best])}")
+        edges = at_edge(grid[best], grid)
+        warning = f" (at the edge of its grid: {', '.join(edges)})" if edges else ""
+        say(f"{problem.name}: {name} takes {written(grid[best])}{warning}")
         record[name] = {
             "chosen": grid[best],
+            "at_edge": edges,
             "seed": SEED,
             "budget_seconds": SHARE * budget_seconds,
             "threads": threads,
             "trials": [{"changes": c, "score": s} for c, s in zip(grid, scores, strict=True)],
         }
     return record
+
+
+def at_edge(chosen: Changes, grid: Sequence[Changes]) -> list[str]:
+    """Name the settings that might be better still beyond the grid.
+
+    Args:
+        chosen: One of the grid.
+        grid: All that were tried.
+
+    Returns:
+        Those settings with the smallest or the largest of three or more values.
+    """
+    values = {name: {changes[name] for changes in grid} for name in chosen}
+    return [name for name in chosen if len(values[name]) > 2 and chosen[name] in {min(values[name]), max(values[name])}]
 
 
 def written(changes: Changes) -> str:

@@ -39,7 +39,9 @@ def test_the_best_is_chosen_and_all_are_recorded(problem: Problem, monkeypatch: 
     assert {(work.seed, work.budget_seconds, work.threads) for work in works} == {(1000, 6.0, 1)}
     assert one["seed"] == 1000 and one["budget_seconds"] == 6.0
     assert "adam with lr 0.1, batch_size 4096: diverged" in "\n".join(lines)
-    assert lines[-1] == "moons: adam takes lr 0.003, batch_size 1024"
+    assert lines[-1] == "moons: adam takes lr 0.003, batch_size 1024 (at the edge of its grid: lr)"
+    assert one["at_edge"] == ["lr"]  # two batches were tried: both are edges, and say nothing
+    assert tuning.at_edge({"lr": 2, "n": 9}, [{"lr": lr, "n": n} for lr in (1, 2, 3) for n in (5, 7, 9)]) == ["n"]
 
 
 def test_nothing_is_chosen_where_all_diverged(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
