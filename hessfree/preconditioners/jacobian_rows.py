@@ -75,7 +75,8 @@ def _leading(sample: Sample, count: int | None) -> tuple[list[Leading], bool]:
         else:  # fewer samples than were asked for have several rows of random signs each
             draws = max(1, asked // count)
             several = [dataclasses.replace(sample, seed=sample.seed + k * LARGE_PRIME) for k in range(draws)]
-            columns = [_masked(sample, u, count) / math.sqrt(draws) for s in several for u in cotangents(s, "sampled")[0]]
+            vectors = (u for s in several for u in cotangents(s, "sampled")[0])
+            columns = [_masked(sample, u, count) / math.sqrt(draws) for u in vectors]
         return [Leading(tuple(range(len(space.shapes))), sample.samples, count, columns)], exact
     # outputs that share no batch dimension: H is diagonal, or has no structure
     sizes = [shape[0] if shape else 1 for shape in space.shapes]
