@@ -14,7 +14,7 @@ from torch import Tensor
 from hessfree.curvature import Curvature, CurvatureBuilder
 from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
-from hessfree.memory import Memory, reduction_ratio
+from hessfree.memory import Memory, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
 from hessfree.operators import Deferred
@@ -100,6 +100,9 @@ class Attempt:
         norm = self._facts["gradient_norm"] = float((gradient + decayed).norm())
         if not (math.isfinite(self._loss) and math.isfinite(norm)):
             return self._not_finite()
+        uphill = self._cut_last(theta)
+        if uphill is not None:
+            return uphill
         self._memory = self._memory.with_gradient(gradient, self._settings.gradient_ema)
         mean = self._memory.gradient_mean
         rhs = -((gradient if mean is None else mean) + decayed)
@@ -134,7 +137,8 @@ class Attempt:
         self._parameters.take_step(self._backup, taken)
         pending = None
         if self._settings.damping_rule.wants_next_loss(self._number):
-            pending = (self._loss + 0.5 * float(theta @ (self._decay * theta)), predicted)
+            slope = alpha * (terms.slope + terms.decay_slope)
+            pending = (self._loss + 0.5 * float(theta @ (self._decay * theta)), predicted, slope, False)
         known = self._memory.steps[: max(self._history - 1, 0)]
         memory = dataclasses.replace(
             self._memory,
@@ -148,6 +152,35 @@ class Attempt:
             earlier_steps=known,
         )
         return Outcome(memory, self._report(True, found.why), ratio)
+
+    def _cut_last(self, theta: Tensor) -> Outcome | None:
+        """Shorten the step before, where the loss with which this one begins shows that it led uphill.
+
+        It is what a line search would have done, one step later and without an evaluation of its own. The new length
+        is the minimum of the parabola through both losses and the slope (Nocedal & Wright 2006, eq. 3.58); a step
+        that leads uphill even then is undone. A small rise passes, for steps with momentum need not be monotone.
+
+        Returns:
+            The outcome; None where there is nothing to mend.
+        """
+        previous = self._memory.previous_step
+        if self._memory.pending is None or previous is None:
+            return None
+        pending = Pending(*self._memory.pending)
+        rise = self._loss + 0.5 * float(theta @ (self._decay * theta)) - pending.loss
+        if not rise > max(-pending.predicted, rounding(pending.loss)):
+            return None
+        alpha = 0.0 if pending.is_cut else min(max(pending.slope / (2 * (pending.slope - rise)), 0.1), 0.5)
+        self._recording.after.restore()
+        self._parameters.take_step(self._backup, (alpha - 1) * previous)
+        memory = dataclasses.replace(
+            self._memory.after_rejection(self._number, self._memory.replayable),
+            previous_step=alpha * previous if alpha else None,
+            pending=pending.cut(alpha) if alpha else None,
+        )
+        why = f"rejected: the step before raised the loss from {pending.loss:.6g}, and is "
+        why += f"cut to {alpha:.2g} of its length" if alpha else "undone"
+        return Outcome(memory, self._report(False, why), math.nan)
 
     def restore(self) -> None:
         """Put the parameters back, bit for bit."""

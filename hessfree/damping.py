@@ -63,7 +63,8 @@ class LevenbergMarquardt:
         minimum: λ never shrinks below it; on noisy data it decides how far the last steps average.
         maximum: λ never grows above it.
         test: "replay" evaluates the loss after the step on the step's own batch. "next_loss" takes the loss with
-            which the next step begins, and costs nothing: only where every step sees the same data.
+            which the next step begins, and costs nothing: only where every step sees the same data. A step that
+            turns out to have raised the loss is then cut short by the next one, which does nothing else.
     """
 
     every: int = 5

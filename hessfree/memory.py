@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hessfree.vectors import ParameterVector
+
+
+class Pending(NamedTuple):
+    """A step that the next loss will judge; losses and changes are with weight decay."""
+
+    loss: float  # before the step
+    predicted: float  # change by the quadratic model
+    slope: float  # change to first order
+    is_cut: bool  # whether it is shorter than it was taken at first
+
+    def cut(self, alpha: float) -> tuple[float, float, float, bool]:
+        """Return the same for `alpha` times the step, as plain numbers for the memory."""
+        predicted = alpha * self.slope + alpha**2 * (self.predicted - self.slope)
+        return self.loss, predicted, alpha * self.slope, True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +37,7 @@ class Memory:
         verified: Whether the loss after the last accepted step was evaluated.
         previous_step: The last accepted change of the parameters, `[P]`.
         preconditioner: What the preconditioner has learned.
-        pending: Where ρ of the last step waits for the next loss: loss (with weight decay) and predicted change.
+        pending: Where ρ of the last step waits for the next loss: the numbers of `Pending`.
         solver: What the solver's last call left for its next; empty after a rejected step.
         earlier_steps: The accepted steps before `previous_step`, as many as the momentum wants, last one first.
         gradient_mean: Moving average of the gradients, `[P]`; None where it is not used.
@@ -35,7 +49,7 @@ class Memory:
     verified: bool = True
     previous_step: Tensor | None = None
     preconditioner: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pending: tuple[float, float] | None = None
+    pending: tuple[float, float, float, bool] | None = None
     solver: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     earlier_steps: tuple[Tensor, ...] = ()
     gradient_mean: Tensor | None = None
@@ -107,6 +121,6 @@ def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, wei
     """
     if memory.pending is None:
         return math.nan
-    before, predicted = memory.pending
+    before, predicted, *_ = memory.pending
     squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
     return reduction_ratio(float(loss.detach()) + 0.5 * sum(squares) - before, predicted, loss)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -108,15 +107,3 @@ def test_micro_batches_count_after_a_copy_and_a_new_dtype_is_followed() -> None:
     other.step(closure_for(other, lambda: F.mse_loss(whole(x), y)))
     optimizer.step(closure)
     assert (flat(model.parameters()) - flat(whole.parameters())).norm() <= 1e-10 * flat(whole.parameters()).norm()
-
-
-def test_a_step_is_judged_once_by_the_next_loss() -> None:
-    model, (x, y) = mlp(torch.float32), regression(dtype=torch.float32)
-    rule = LevenbergMarquardt(every=1, omega=0.5, test="next_loss")
-    optimizer = HessianFree(model.parameters(), damping_rule=rule)
-    optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y)))
-    optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y) * math.nan))
-    assert not optimizer.last_step.accepted
-    after_rejection = optimizer.param_groups[0]["damping"]
-    optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y)))
-    assert optimizer.last_step.damping == after_rejection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -283,7 +282,8 @@ def test_presets_are_plain_arguments(name: str) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.settings.seed == 4
     assert optimizer.settings.solver.max_iterations == 2
-    run_steps(optimizer, model, range(3))
+    for _ in range(3):  # one batch: the recipe for fixed data counts on it
+        run_steps(optimizer, model, range(1))
     assert optimizer.last_step.accepted
 
 
@@ -356,25 +356,6 @@ def test_a_part_of_the_batch_is_refused_where_it_is_another_network(layer: nn.Mo
         optimizer.step(closure)
     assert optimizer.last_step.curvature_samples == 40
     optimizer.step(closure)  # warned once
-
-
-def test_the_next_loss_judges_the_step_before() -> None:
-    x, y = regression(60)
-    rule = LevenbergMarquardt(every=1, omega=0.5)
-    dampings = []
-    for free in (False, True):
-        model = mlp()
-        settings = {"damping_rule": dataclasses.replace(rule, test="next_loss") if free else rule, "weight_decay": 0.01}
-        optimizer = HessianFree(model.parameters(), preconditioner=Identity(), solver=CG(max_iterations=5), **settings)
-        reports = []
-        for _ in range(6):
-            optimizer.step(closure_for(optimizer, lambda: F.mse_loss(model(x), y)))  # noqa: B023
-            reports.append(optimizer.last_step)
-        # both evaluate the same loss at the same parameters, one of them a step later and without a replay
-        dampings.append([r.damping for r in reports])
-        assert sum(r.evaluations for r in reports) == (1 if free else 7)
-    assert dampings[0] == dampings[1]
-    assert len(set(dampings[0])) > 2
 
 
 @pytest.mark.parametrize("norm", ["euclidean", "curvature"])
