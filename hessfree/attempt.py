@@ -215,7 +215,7 @@ class Attempt:
         return learned
 
     def _solve(self, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
-        """Return the direction with its product G d (damping taken off) if it is known, and what the solver said."""
+        """Return the direction, and what the solver said."""
         settings, shift = self._settings, self._shift
         operator = Deferred(self._parameters, lambda: self._curvature().operator.scaled(self._scale))
         precondition = None
@@ -226,30 +226,29 @@ class Attempt:
         if solution.residuals:
             self._facts |= {"residual": solution.residuals[-1], "residuals": solution.residuals}
         residual = solution.residual
-        direction = Direction(solution.value, None if residual is None else rhs - residual)
+        direction = Direction(solution.value, None if residual is None else solution.value @ (rhs - residual))
         if settings.momentum is not None and not solution.failed:
             direction = settings.momentum.combine(operator, rhs, shift, solution, self._memory.steps)
-        if direction.product is None:
-            return direction, solution
-        return direction._replace(product=direction.product - shift * direction.value), solution
+        return direction, solution
 
     def _model_along(self, direction: Direction, step: Tensor, theta: Tensor, rhs: Tensor) -> ModelAlong:
         decayed, gradient = self._decay * step, self._recording.gradient
         numbers = [gradient @ step, theta @ decayed, step @ decayed, step.norm(), rhs @ (self._lr * step)]
-        product = self._product(direction, step)
-        if product is not None:
-            numbers.append(step @ product)
+        bend = self._bend(direction, step)
+        if bend is not None:
+            numbers.append(bend.to(step))
         return ModelAlong(*torch.stack(numbers).tolist())
 
-    def _product(self, direction: Direction, step: Tensor) -> Tensor | None:
-        """Return G_rec s; None where it would cost a product that nobody asks for."""
-        # groups of different lr turn the direction, and its product is another
-        if direction.product is not None and not isinstance(self._lr, Tensor):
-            return direction.product * (self._lr / self._scale)
+    def _bend(self, direction: Direction, step: Tensor) -> Tensor | None:
+        """Return sᵀ G_rec s; None where it would cost something that nobody asks for."""
+        # groups of different lr turn the direction, and its curvature is another
+        if direction.bend is not None and not isinstance(self._lr, Tensor):
+            damped = direction.value @ (self._shift * direction.value)
+            return (direction.bend - damped.to(direction.bend)) * (self._lr**2 / self._scale)
         settings, rule = self._settings, self._settings.damping_rule
         judged = rule.wants_ratio(self._number) or rule.wants_next_loss(self._number)
         measured = settings.max_step_norm is not None and settings.step_norm == "curvature"
-        return self._curvature().operator.matvec(step) if judged or measured else None
+        return self._curvature().operator.quadratic_form(step[None])[0, 0] if judged or measured else None
 
     def _shortening(self, terms: ModelAlong) -> float:
         """Return the factor that brings the step down to `max_step_norm`."""

@@ -14,15 +14,15 @@ from hessfree.solvers import Solution
 
 
 class Direction(NamedTuple):
-    """A direction with its product, so that the model's value along it costs nothing more.
+    """A direction with its curvature, so that the model's value along it costs nothing more.
 
     Attributes:
         value: d, `[P]`.
-        product: (A + D) d, `[P]`; None where nothing so far has taken it.
+        bend: dᵀ(A + D)d, a scalar; None where nothing so far has measured it.
     """
 
     value: Tensor
-    product: Tensor | None
+    bend: Tensor | None
 
 
 class Momentum(Protocol):
@@ -60,9 +60,9 @@ class Momentum(Protocol):
 class QuadraticModelMomentum:
     """Minimise m(d) = ½ dᵀ(A + D)d − bᵀd over span{x, previous steps} (Martens & Grosse 2015, sec. 7).
 
-    One product more a step for each previous step. Products of earlier steps are of no use: A is the curvature at
-    other parameters then, on fixed data too. The solver's own x needs none where it knows its residual r:
-    (A + D)x = b − r.
+    What the model needs is the curvature along and between its directions, for which G = JᵀHJ takes J alone, no Jᵀ:
+    one forward pass a direction. The solver's own x needs none where it knows its residual r: (A + D)x = b − r. What
+    was measured at earlier steps is of no use: A is the curvature at other parameters then, on fixed data too.
 
     Attributes:
         history: Previous steps; 1 is the method of the source.
@@ -102,18 +102,25 @@ class QuadraticModelMomentum:
         Returns:
             The direction; the solver's own where the previous steps add nothing.
         """
-        directions = [solution.value, *previous[: self.history]]
-        products = [solution.product(operator, rhs, shift)]
-        products += [operator.matvec(step) + shift * step for step in directions[1:]]
-        d, ad = torch.stack(directions), torch.stack(products)
+        d = torch.stack([solution.value, *previous[: self.history]])
         # this small system is solved on the host in double precision: its directions are often nearly parallel
-        system = torch.cat([d @ ad.T, (d @ rhs)[:, None]], 1).to("cpu").double()
+        system = torch.cat([_curvatures(operator, rhs, shift, solution, d), (d @ rhs)[:, None]], 1).to("cpu").double()
         matrix, b = 0.5 * (system[:, :-1] + system[:, :-1].T), system[:, -1]
         weights = _minimiser(matrix, b, 10 * torch.finfo(rhs.dtype).eps)
         if weights is None:
-            return Direction(directions[0], products[0])
-        weights = weights.to(device=rhs.device, dtype=rhs.dtype)
-        return Direction(weights @ d, weights @ ad)
+            return Direction(solution.value, matrix[0, 0])
+        return Direction(weights.to(device=rhs.device, dtype=rhs.dtype) @ d, weights @ matrix @ weights)
+
+
+def _curvatures(operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, d: Tensor) -> Tensor:
+    """Return d (A + D) dᵀ for rows d, of which the first is the solver's x."""
+    if solution.residual is None:
+        return operator.quadratic_form(d) + (shift * d) @ d.T
+    first = d @ (rhs - solution.residual)
+    if len(d) == 1:
+        return first[:, None]
+    others = operator.quadratic_form(d[1:]) + (shift * d[1:]) @ d[1:].T
+    return torch.cat([first[:, None], torch.cat([first[None, 1:], others])], 1)
 
 
 def _minimiser(matrix: Tensor, b: Tensor, precision: float) -> Tensor | None:

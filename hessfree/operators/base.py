@@ -60,6 +60,11 @@ class LinearOperator(abc.ABC):
             return v.clone()
         return torch.stack([self.matvec(column) for column in v.unbind(1)], 1)
 
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        """Return V A Vᵀ `[K, K]` for rows V `[K, P]`: the curvature along and between a few directions."""
+        products = torch.stack([self.matvec(v) for v in vectors])
+        return vectors @ products.T
+
     def scaled(self, factor: float) -> LinearOperator:
         """Return `factor` times this operator."""
         return self if factor == 1 else _Scaled(self, factor)
@@ -87,6 +92,9 @@ class _Scaled(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         return self._factor * self._operator.matvec(v)
+
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        return self._factor * self._operator.quadratic_form(vectors)
 
     def to_dense(self) -> Tensor:
         return self._factor * self._operator.to_dense()

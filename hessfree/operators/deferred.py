@@ -27,6 +27,10 @@ class Deferred(LinearOperator):
         """Return A v `[P]`."""
         return self._build().matvec(v)
 
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        """Return V A Vᵀ `[K, K]`, as the operator itself finds it."""
+        return self._build().quadratic_form(vectors)
+
     def to_dense(self) -> Tensor:
         """Return the matrix `[P, P]`, as the operator itself forms it."""
         return self._build().to_dense()

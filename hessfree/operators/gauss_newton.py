@@ -122,6 +122,15 @@ class GaussNewton(LinearOperator):
         product = self._parameters.flatten(along_theta)
         return product.add_(self.linearization.vjp(space.flatten(along_z)))
 
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        """Return V G Vᵀ `[K, K]` for rows V `[K, P]`: (JVᵀ)ᵀ H (JVᵀ), which is a third of the work of K products."""
+        if self._direct is not None:
+            return super().quadratic_form(vectors)
+        z = torch.stack([self.linearization.jvp(v) for v in vectors])
+        if self.output_hessian is None:
+            return z @ z.T
+        return z @ torch.stack([self.output_hessian.matvec(row) for row in z]).T
+
     def to_dense(self) -> Tensor:
         """Return G `[P, P]`, formed from rows of J by one vectorised backward pass a chunk.
 

@@ -56,21 +56,6 @@ class Solution:
         """Whether the numbers broke down, or there is nothing to step along."""
         return self.status is Status.NON_FINITE or (self.status is Status.INDEFINITE and self.iterations == 0)
 
-    def product(self, operator: LinearOperator, rhs: Tensor, shift: float | Tensor) -> Tensor:
-        """Return (A + D) x `[P]`, which is b − r, or else takes a product.
-
-        Args:
-            operator: A, as it was given to the solver.
-            rhs: b, likewise.
-            shift: The diagonal of D, likewise.
-
-        Returns:
-            The product.
-        """
-        if self.residual is None:
-            return operator.matvec(self.value) + shift * self.value
-        return rhs - self.residual
-
 
 class Solver(Protocol):
     """Solves (A + D) x = b. It holds settings only: what one call leaves for the next is in `Solution.memory`.

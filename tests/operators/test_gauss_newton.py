@@ -40,6 +40,8 @@ def test_matrix_of_a_recorded_closure(name: str) -> None:
     v, block = randn(len(true), seed=5), randn(len(true), 3, seed=6)
     assert error(operator @ v, true @ v) <= 1e-10
     assert error(operator @ block, true @ block) <= 1e-10
+    assert error(operator.quadratic_form(block.T), block.T @ true @ block) <= 1e-10
+    assert error(operator.scaled(3.0).quadratic_form(block.T), 3 * block.T @ true @ block) <= 1e-10
 
 
 @pytest.mark.parametrize("name", FROM_LOSS)
@@ -77,6 +79,7 @@ def test_plain_jacobian_product_of_a_model(name: str) -> None:
     assert error(operator.diagonal(), jacobian.square().sum(0)) <= 1e-12
     v = randn(operator.size, seed=5)
     assert error(operator @ v, jacobian.T @ (jacobian @ v)) <= 1e-12
+    assert error(operator.quadratic_form(v[None]), (jacobian @ v).square().sum()[None, None]) <= 1e-12
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
