@@ -1,12 +1,11 @@
 """HessianFree with one thing changed at a time."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from experiments.benchmark.suite import Changes
@@ -22,7 +21,6 @@ from hessfree import (
     HessianFree,
     Identity,
     Jacobi,
-    LevenbergMarquardt,
     Nystrom,
     QuadraticModelMomentum,
     Woodbury,
@@ -110,39 +108,54 @@ def variations(problem: Problem, tuned: Tuned) -> dict[str, RecipeSettings]:
         Settings by name of the variation.
     """
     chosen: Changes = tuned.get(problem.name, {}).get("hessfree", {}).get("chosen", {})
-    fixed = problem.rows is not None
-    return {
-        name: _vary(one, problem, chosen) for name, one in VARIATIONS.items() if (one.fixed if fixed else one.streaming)
-    }
-
-
-def _vary(variation: Variation, problem: Problem, chosen: Changes) -> RecipeSettings:
-    """Write out the recipe of a problem, and change it."""
-    arguments: Changes
+    settings: FullBatchSettings | HessianFreeSettings
     if problem.rows is not None:
-        full = FullBatchSettings.for_problem(problem, **chosen)
-        arguments = {"damping": full.damping, "preconditioner": Woodbury(samples=full.samples)}
-        base = RecipeSettings(recipe=HessianFree.full_batch, batch_size=full.batch_size, lr=full.lr, final_length=1.0)
-        rule = _damping_rule(full)
-    else:
-        some = HessianFreeSettings.for_problem(problem, **chosen)
-        arguments = {
-            "damping": some.damping,
-            "solver": CG(max_iterations=some.cg_iterations),
-            "curvature_batch": some.curvature_batch,
-        }
-        base = RecipeSettings(recipe=HessianFree.stochastic, batch_size=some.batch_size, lr=some.lr)
-        rule = _damping_rule(some)
-    arguments |= {"damping_rule": dataclasses.replace(rule, **variation.damping), **variation.arguments}
-    settings = dict(variation.settings)
-    batch_size = round(settings.pop("batch_share", 1.0) * base.batch_size)
-    if isinstance(rows := arguments.get("curvature_batch"), int):
+        settings = FullBatchSettings.for_problem(problem, **chosen)
+        return {name: _vary(one, settings) for name, one in VARIATIONS.items() if one.fixed}
+    settings = HessianFreeSettings.for_problem(problem, **chosen)
+    return {name: _vary(one, settings) for name, one in VARIATIONS.items() if one.streaming}
+
+
+def _vary(variation: Variation, settings: FullBatchSettings | HessianFreeSettings) -> RecipeSettings:
+    """Say how a recipe is changed, and what stays of the settings of its rows and the length of its steps."""
+    changed = dict(variation.settings)
+    batch_size = round(changed.pop("batch_share", 1.0) * settings.batch_size)
+    arguments = dict(variation.arguments)
+    rows = arguments.get("curvature_batch", settings.curvature_batch)
+    if isinstance(rows, int):
         arguments["curvature_batch"] = min(rows, batch_size)
-    return dataclasses.replace(base, recipe=partial(base.recipe, **arguments), batch_size=batch_size, **settings)
+    plain = RecipeSettings(
+        recipe=partial(_build, settings=settings, arguments=arguments, damping=variation.damping),
+        lr=settings.lr,
+        batch_size=batch_size,
+        warmup=settings.warmup,
+        final_length=settings.final_length,
+    )
+    return dataclasses.replace(plain, **changed)
 
 
-def _damping_rule(settings: FullBatchSettings | HessianFreeSettings) -> LevenbergMarquardt:
-    """Ask the optimizer for the rule of its recipe, rather than repeat it here."""
-    optimizer = settings.build([nn.Parameter(torch.zeros(1))], seed=0)
-    assert isinstance(optimizer, HessianFree) and isinstance(optimizer.settings.damping_rule, LevenbergMarquardt)
-    return optimizer.settings.damping_rule
+def _build(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    seed: int,
+    settings: FullBatchSettings | HessianFreeSettings,
+    arguments: Mapping[str, Any],
+    damping: Mapping[str, Any],
+) -> HessianFree:
+    """Build the optimizer of some settings, and another of its strategies with some of them changed.
+
+    So nothing of a recipe is written twice. The moments of the data, where a recipe has them, are given to the
+    network's own weights, which are known only here.
+
+    Returns:
+        The changed optimizer.
+    """
+    params = list(parameters)
+    optimizer = settings.build(params, seed)
+    assert isinstance(optimizer, HessianFree)
+    own = {one.name: getattr(optimizer.settings, one.name) for one in dataclasses.fields(optimizer.settings)}
+    own["damping_rule"] = dataclasses.replace(own["damping_rule"], **damping)
+    return HessianFree(
+        params, lr=lr, damping=settings.damping, weight_decay=settings.weight_decay, **own | dict(arguments)
+    )

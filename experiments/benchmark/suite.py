@@ -49,34 +49,96 @@ def _default(name: str) -> Callable[..., Settings]:
     return lambda problem, **changes: settings_class(name, problem).for_problem(problem, **changes)
 
 
-def _first_order(problem: Problem) -> list[Changes]:
-    """Rates around where Adam and SOAP are best in two dimensions, and three times lower above; two batches."""
-    rates = (1e-2, 3e-3, 3e-2, 1e-1) if problem.dim == 2 else (1e-2, 3e-3, 3e-2, 1e-3)
+def _around(centre: Changes, *others: Changes) -> list[Changes]:
+    """List a best guess, and what differs from it in a setting or two."""
+    return [centre, *(centre | changes for changes in others)]
+
+
+def _adam(problem: Problem) -> list[Changes]:
+    """Rates a factor of three apart around the best known, and two batches."""
+    if problem.name == "poisson":  # stiff: the rates that deserve a trial lie within one decade
+        rates = (5e-3, 2e-3, 1e-2, 1e-3)
+    elif problem.name == "autoencoder":
+        rates = (3e-3, 1e-3, 1e-2, 3e-2)
+    elif problem.dim == 2:
+        rates = (1e-2, 3e-2, 1e-1, 3e-3)
+    else:
+        rates = (1e-2, 3e-3, 3e-2, 1e-3)
+    return _product(lr=rates, batch_size=_first_order_batches(problem))
+
+
+def _soap(problem: Problem) -> list[Changes]:
+    """Adam's batches; its rotated steps bear, and want, higher rates."""
+    return _product(lr=(1e-2, 3e-3, 3e-2, 1e-1), batch_size=_first_order_batches(problem))
+
+
+def _first_order_batches(problem: Problem) -> tuple[int, int]:
+    """Give two batches: on fixed rows all of them, and few; in hundreds of dimensions steps are dear, and small."""
+    if problem.name == "autoencoder":
+        return 256, 1500
     if problem.rows is not None:
-        return _product(lr=rates, batch_size=(problem.rows, problem.rows // 4))
-    return _product(lr=rates, batch_size=(1024, 4096) if problem.dim == 2 else (256, 1024))
+        return problem.rows, problem.rows // 4
+    if problem.dim == 2:
+        return 1024, 4096
+    return (256, 1024) if problem.dim <= 64 else (256, 512)
 
 
 def _hessian_free(problem: Problem) -> list[Changes]:
-    """The batch and the floor of the damping, which trade noise for speed; on fixed rows the preconditioner's size."""
+    """On fixed rows the start and fall of λ, and the preconditioner's cost; else what trades noise for speed."""
+    if problem.name == "poisson":
+        return _product(omega=(2 / 3, 0.5), update_every=(3, 2, 5, 1))
+    if problem.name == "autoencoder":
+        return _around(
+            {"damping": 150.0, "omega": 0.5, "minimum_damping": 1e-5, "curvature_batch": 512},
+            {"damping": 30.0},
+            {"damping": 500.0},
+            {"omega": 2 / 3},
+            {"minimum_damping": 1e-4},
+            {"minimum_damping": 1e-6},
+            {"curvature_batch": 750},
+            {"curvature_batch": 256},
+        )
     if problem.rows is not None:
-        samples = sorted({min(n, problem.rows) for n in (128, 256, 512, 1024)})
-        return _product(damping=(0.3, 0.03), samples=samples)
+        return _around(
+            {"samples": 256, "weight": 0.1, "update_every": 10},
+            {"samples": 128},
+            {"samples": 512},
+            {"weight": 0.3},
+            {"update_every": 20},
+            {"samples": 512, "update_every": 20},
+            {"weight": 0.3, "update_every": 20},
+            {"samples": 512, "weight": 0.3, "update_every": 20},
+        )
     if problem.dim == 2:
         return _product(minimum_damping=(1e-3, 1e-5), batch_size=(8192, 4096, 2048, 16384))
-    batches = (1024, 2048, 4096, 512) if problem.dim <= 64 else (512, 1024, 2048, 256)
-    return _product(minimum_damping=(1e-6, 1e-4), batch_size=batches)
+    if problem.dim <= 64:
+        return _product(minimum_damping=(1e-6, 1e-4), batch_size=(1024, 2048, 4096, 512))
+    return _around(
+        {"power": 0.5, "every": 4, "curvature_batch": 64},
+        {"power": 1.0},
+        {"curvature_batch": 256},
+        {"curvature_batch": 512},
+        {"every": 1},
+        {"power": 1.0, "curvature_batch": 256},
+        {"every": 1, "curvature_batch": 256},
+        {"power": 1.0, "every": 1, "curvature_batch": 256},
+    )
+
+
+def _kfac(problem: Problem) -> list[Changes]:
+    """High rates, held back by two bounds on the step."""
+    return _product(lr=(2.0, 1.0), largest_step=(1e-2, 1e-1), batch_size=(256, 512))
 
 
 CONTENDERS = {
     "hessfree": Contender(_default("hessfree"), _hessian_free, lambda problem: True),
     "kfac": Contender(
         _default("kfac"),
-        lambda problem: _product(lr=(0.15, 0.1, 0.05, 0.3), batch_size=(1024, 512)),
+        _kfac,
         lambda problem: problem.rows is None and problem.dim > 64,
     ),
-    "adam": Contender(_default("adam"), _first_order, lambda problem: True),
-    "soap": Contender(_default("soap"), _first_order, lambda problem: True),
+    "adam": Contender(_default("adam"), _adam, lambda problem: True),
+    "soap": Contender(_default("soap"), _soap, lambda problem: True),
     "lbfgs": Contender(
         _default("lbfgs"),
         lambda problem: _product(lr=(1.0, 0.5), history=(100, 30, 10, 300)),

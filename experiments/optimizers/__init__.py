@@ -8,7 +8,8 @@ from experiments.optimizers.adam import AdamSettings
 from experiments.optimizers.base import CommonSettings, Settings
 from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
 from experiments.optimizers.dense import DenseFisherSettings
-from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings, RecipeSettings
+from experiments.optimizers.full_batch import FullBatchSettings
+from experiments.optimizers.hessian_free import HessianFreeSettings, RecipeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
 from experiments.optimizers.soap import SOAPSettings

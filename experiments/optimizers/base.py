@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import nn
 from torch.optim import Optimizer
 
+from experiments.environment import UsageError
 from experiments.problems import Problem
 
 
@@ -75,3 +76,20 @@ class CommonSettings:
         Args:
             parameters: Number of parameters.
         """
+
+
+def check_curvature_rows(curvature: int | None, batch_size: int) -> None:
+    """Check that the rows of the curvature can be taken from a batch.
+
+    Args:
+        curvature: Rows of the curvature; None: all of the batch.
+        batch_size: Rows of the batch.
+
+    Raises:
+        UsageError: If the curvature asks for more rows than there are.
+    """
+    if curvature is not None and curvature > batch_size:
+        raise UsageError(
+            f"--set hessfree.curvature_batch={curvature} is more than the batch of {batch_size} rows; give at most "
+            f"that, or raise hessfree.batch_size"
+        )

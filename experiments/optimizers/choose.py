@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from experiments.environment import UsageError
 from experiments.optimizers.adam import AdamSettings
 from experiments.optimizers.base import Settings
 from experiments.optimizers.dense import DenseFisherSettings
-from experiments.optimizers.hessian_free import FullBatchSettings, HessianFreeSettings
+from experiments.optimizers.full_batch import FullBatchSettings
+from experiments.optimizers.hessian_free import HessianFreeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
 from experiments.optimizers.soap import SOAPSettings
@@ -80,7 +81,7 @@ def choose_settings(names: Sequence[str], assignments: Sequence[str], problem: P
     return {name: settings_class(name, problem).for_problem(problem, **changed) for name, changed in changes.items()}
 
 
-def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | None]:
+def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | str | None]:
     """Split "optimizer.setting=value" and convert the value to the setting's type."""
     left, equals, text = assignment.partition("=")
     optimizer, dot, setting = left.strip().partition(".")
@@ -95,8 +96,12 @@ def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | N
     return optimizer, setting, _convert(assignment, text.strip(), get_type_hints(settings)[setting])
 
 
-def _convert(assignment: str, text: str, hint: Any) -> int | float | None:
-    """Read a number of the kind that a type hint (int, float, or one of them or None) asks for."""
+def _convert(assignment: str, text: str, hint: Any) -> int | float | str | None:
+    """Read what a type hint asks for: one of some words, or a number (an int, a float, or one of them or None)."""
+    if get_origin(hint) is Literal:
+        if text not in get_args(hint):
+            raise UsageError(f"--set {assignment!r}: {text!r} is unknown; choose from: {', '.join(get_args(hint))}")
+        return text
     kinds = getattr(hint, "__args__", (hint,))
     if type(None) in kinds and text.lower() == "none":
         return None

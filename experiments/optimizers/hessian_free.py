@@ -1,14 +1,15 @@
-"""HessianFree: its recipe for streaming data, its recipe for fixed data, and any other."""
+"""HessianFree: its recipes for rows that are drawn anew for ever, and any other."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
 from experiments.environment import UsageError
-from experiments.optimizers.base import CommonSettings
+from experiments.optimizers.base import CommonSettings, check_curvature_rows
+from experiments.optimizers.known_inputs import known_data, moments_of_first_layer
 from experiments.problems import Problem
 
 
@@ -22,8 +23,14 @@ class HessianFreeSettings(CommonSettings):
         batch_size: Rows of the gradient.
         curvature_batch: Rows of the curvature; None: an eighth of the gradient's, at least 256.
         cg_iterations: Conjugate-gradient iterations a step.
+        every: Iterate at every so many steps only, and reuse the step length between; needs `cg_iterations` of 1.
         minimum_damping: The floor under λ: the noisier the target, the higher.
+        test_every: Steps between tests of λ, each of which evaluates the loss once more.
+        power: Precondition by K-FAC to the power −`power`.
+        update_every: Steps between updates of K-FAC.
+        warmup_updates: So many updates of K-FAC, the first ones, are made at every step.
         weight_decay: Coefficient of the L2 penalty.
+        data: Name of the data set, whose moments the first layer's input factor has; None: it is learned.
     """
 
     lr_grid: ClassVar[tuple[float, ...]] = ()
@@ -33,8 +40,14 @@ class HessianFreeSettings(CommonSettings):
     batch_size: int = 8192
     curvature_batch: int | None = None
     cg_iterations: int = 3
+    every: int = 1
     minimum_damping: float = 1e-3
+    test_every: int = 5
+    power: float = 1.0
+    update_every: int = 5
+    warmup_updates: int = 3
     weight_decay: float = 0.0
+    data: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Decide the curvature's rows where they are left open, so that the record shows them."""
@@ -51,12 +64,29 @@ class HessianFreeSettings(CommonSettings):
             **changes: Settings that are to differ.
 
         Returns:
-            Large batches and a high floor in two dimensions, where the target is noisy; the opposite above.
+            Large batches and a high floor in two dimensions, where the target is noisy; the opposite above. In
+            hundreds of dimensions, where cheap steps are what counts: one iteration at every fourth step on few rows,
+            factors that rest once they are known, and the first layer's taken from the data.
         """
         if problem.dim == 2:
             return cls(**changes)
-        quiet = {"damping": 0.1, "batch_size": 1024 if problem.dim <= 64 else 512, "minimum_damping": 1e-6}
-        return cls(**quiet | changes)
+        if problem.dim <= 256:
+            return cls(**{"damping": 0.1, "batch_size": 1024, "minimum_damping": 1e-6} | changes)
+        many: dict[str, Any] = {
+            "damping": 0.1,
+            "batch_size": 512,
+            "curvature_batch": min(64, changes.get("batch_size", 512)),
+            "cg_iterations": 1,
+            "every": 4 if changes.get("cg_iterations", 1) == 1 else 1,
+            "minimum_damping": 1e-6,
+            "test_every": 20,
+            "power": 0.5,
+            "update_every": 20,
+            "warmup_updates": 30,
+            "warmup": 0.1,
+            "data": known_data(problem),
+        }
+        return cls(**many | changes)
 
     def build(self, parameters: Iterable[nn.Parameter], seed: int) -> Optimizer:
         """Build the optimizer.
@@ -68,15 +98,22 @@ class HessianFreeSettings(CommonSettings):
         Returns:
             The optimizer.
         """
-        from hessfree import CG, HessianFree, LevenbergMarquardt
+        from hessfree import CG, KFAC, HessianFree, LevenbergMarquardt
 
+        params = list(parameters)
         return HessianFree.stochastic(
-            parameters,
+            params,
             lr=self.lr,
             damping=self.damping,
             weight_decay=self.weight_decay,
-            solver=CG(max_iterations=self.cg_iterations),
-            damping_rule=LevenbergMarquardt(every=5, minimum=self.minimum_damping),
+            solver=CG(max_iterations=self.cg_iterations, every=self.every),
+            preconditioner=KFAC(
+                power=self.power,
+                update_every=self.update_every,
+                warmup_updates=self.warmup_updates,
+                input_moments=moments_of_first_layer(self.data, params),
+            ),
+            damping_rule=LevenbergMarquardt(every=self.test_every, minimum=self.minimum_damping),
             curvature_batch=self.curvature_batch,
             seed=seed,
         )
@@ -88,75 +125,15 @@ class HessianFreeSettings(CommonSettings):
             parameters: Number of parameters.
 
         Raises:
-            UsageError: If the curvature asks for more rows than there are.
+            UsageError: If the curvature asks for more rows than there are, or if a step length that is reused is not
+                that of one iteration.
         """
-        if self.curvature_batch is not None and self.curvature_batch > self.batch_size:
+        check_curvature_rows(self.curvature_batch, self.batch_size)
+        if self.every > 1 and self.cg_iterations != 1:
             raise UsageError(
-                f"--set hessfree.curvature_batch={self.curvature_batch} is more than the batch of {self.batch_size} "
-                f"rows; give at most that, or raise hessfree.batch_size"
+                f"--set hessfree.every={self.every} reuses the step length of one iteration, and there are "
+                f"{self.cg_iterations}; give hessfree.cg_iterations=1, or hessfree.every=1"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullBatchSettings(CommonSettings):
-    """`HessianFree.full_batch`: every step sees all rows, and keeps its full length.
-
-    Attributes:
-        lr: Length of a step, in units of the Newton step.
-        damping: λ of the first step.
-        batch_size: Rows a step: all there are.
-        samples: Rows that the Woodbury preconditioner takes exactly.
-        weight_decay: Coefficient of the L2 penalty.
-    """
-
-    lr_grid: ClassVar[tuple[float, ...]] = ()
-
-    lr: float = 1.0
-    damping: float = 0.3
-    batch_size: int
-    samples: int = 256
-    weight_decay: float = 0.0
-    final_length: float = 1.0
-
-    @classmethod
-    def for_problem(cls, problem: Problem, **changes: Any) -> Self:
-        """Give the defaults.
-
-        Args:
-            problem: What is to be solved.
-            **changes: Settings that are to differ.
-
-        Returns:
-            All rows a step.
-
-        Raises:
-            UsageError: If the problem has no fixed rows.
-        """
-        if problem.rows is None:
-            raise UsageError(f"the full-batch recipe needs fixed rows, and {problem.name} draws new ones for ever")
-        return cls(**{"batch_size": problem.rows} | changes)
-
-    def build(self, parameters: Iterable[nn.Parameter], seed: int) -> Optimizer:
-        """Build the optimizer.
-
-        Args:
-            parameters: What it trains.
-            seed: Of the cotangents that the preconditioner samples.
-
-        Returns:
-            The optimizer.
-        """
-        from hessfree import HessianFree
-        from hessfree.preconditioners import Woodbury
-
-        return HessianFree.full_batch(
-            parameters,
-            lr=self.lr,
-            damping=self.damping,
-            weight_decay=self.weight_decay,
-            preconditioner=Woodbury(samples=self.samples),
-            seed=seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

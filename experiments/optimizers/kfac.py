@@ -5,16 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from experiments.optimizers.base import CommonSettings
+from experiments.optimizers.known_inputs import known_data, moments_of_first_layer
 from experiments.problems import Problem
-from experiments.problems.flow import FlowMatching
-
-_POINTS = 4096  # of the data, for the moments of the first layer's input
-_POINTS_SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +20,27 @@ class KFACSettings(CommonSettings):
     In hundreds of dimensions, where the gradient's noise is spread over many directions, the square root forgives what
     the inverse does not. Where the data are known the first layer's input factor is theirs, not that of batches.
 
+    The rate is so high that early on the bound sets the length of a step. On the digits at 784, a hand-written form of
+    this ended at 1.0456 after 8 s; with a rate of 0.1 and a bound of 1e-3, at 1.0655.
+
     Attributes:
-        lr: Length of a step.
+        lr: Length of a step, before the bound.
         batch_size: Rows a step.
         damping: What is added to the curvature of each pair of eigenvectors.
         gradient_ema: β of the average of gradients.
         largest_step: Steps s are shortened to sᵀMs = `largest_step`, M being what the gradient is divided by.
-        data: Points of the data, `[n, D]`; None: the first layer's factor is learned as the others are.
+        data: Name of the data set; None: the first layer's factor is learned as the others are.
     """
 
     lr_grid: ClassVar[tuple[float, ...]] = ()
 
-    lr: float = 0.15
-    batch_size: int = 1024
+    lr: float = 2.0
+    batch_size: int = 256
     damping: float = 1e-5
     gradient_ema: float = 0.9
-    largest_step: float = 1e-3
+    largest_step: float = 1e-2
     warmup: float = 0.1
-    data: Tensor | None = field(default=None, repr=False, compare=False)
+    data: str | None = field(default=None, repr=False)
 
     @classmethod
     def for_problem(cls, problem: Problem, **changes: Any) -> Self:
@@ -54,9 +53,7 @@ class KFACSettings(CommonSettings):
         Returns:
             The data are known where a flow is matched to rows drawn anew; fixed rows have moments of their own.
         """
-        known: dict[str, Any] = {}
-        if isinstance(problem, FlowMatching):
-            known["data"] = problem.dataset.sample(_POINTS, torch.Generator().manual_seed(_POINTS_SEED))
+        known: dict[str, Any] = {"data": known_data(problem)}
         if problem.rows is not None:
             known["batch_size"] = min(cls.batch_size, problem.rows)
         return cls(**known | changes)
@@ -71,14 +68,10 @@ class KFACSettings(CommonSettings):
         Returns:
             The optimizer.
         """
-        from experiments.moments import flow_matching_moments_of
         from hessfree import CG, KFAC, ConstantDamping, HessianFree
-        from hessfree.preconditioners import InputMoments
 
         params = list(parameters)
-        moments: dict[nn.Linear | Tensor, InputMoments] = {}
-        if self.data is not None:
-            moments[params[0]] = flow_matching_moments_of(self.data.to(params[0].device))
+        moments = moments_of_first_layer(self.data, params)
         return HessianFree.stochastic(
             params,
             lr=self.lr,

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import pickle
 from functools import partial
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.data import load
 from experiments.environment import UsageError
 from experiments.optimizers import (
     OPTIMIZERS,
@@ -25,15 +28,16 @@ from experiments.optimizers import (
     settings_class,
 )
 from experiments.problems import Problem, make
-from hessfree import CG, KFAC, HessianFree, Identity
+from hessfree import CG, KFAC, HessianFree, Identity, LevenbergMarquardt, Woodbury
 
 
-def sized(dim: int, rows: int | None = None) -> Problem:
-    """A problem of which nothing is asked but its size."""
-    return cast(Problem, SimpleNamespace(name="made-up", dim=dim, rows=rows))
+def sized(dim: int, rows: int | None = None, name: str = "made-up") -> Problem:
+    """A problem of which nothing is asked but its name and size."""
+    return cast(Problem, SimpleNamespace(name=name, dim=dim, rows=rows))
 
 
 FLAT, DIGITS, LARGE, FIXED = sized(2), sized(64), sized(784), sized(2, rows=96)
+POISSON, AUTOENCODER = sized(2, 1280, "poisson"), sized(784, 1500, "autoencoder")
 
 
 def test_defaults_by_dimension() -> None:
@@ -44,7 +48,10 @@ def test_defaults_by_dimension() -> None:
     assert flat["soap"] == SOAPSettings(lr=None, batch_size=1024)
     digits = choose_settings(["hessfree"], [], DIGITS)["hessfree"]
     assert digits == HessianFreeSettings(damping=0.1, batch_size=1024, curvature_batch=256, minimum_damping=1e-6)
-    large = choose_settings(["adam", "soap"], [], LARGE)
+    large = choose_settings(["hessfree", "adam", "soap"], [], LARGE)
+    hessfree = large.pop("hessfree")
+    assert isinstance(hessfree, HessianFreeSettings)
+    assert (hessfree.batch_size, hessfree.curvature_batch, hessfree.every, hessfree.warmup) == (512, 64, 4, 0.1)
     assert large == {
         "adam": AdamSettings(batch_size=256, warmup=0.1),
         "soap": SOAPSettings(batch_size=256, warmup=0.1),
@@ -67,6 +74,59 @@ def test_fixed_rows_are_all_used_by_second_order() -> None:
     assert recipe.batch_size == 96 and recipe.step_length(1) == 1
     streaming = RecipeSettings.for_problem(DIGITS, recipe=HessianFree)
     assert streaming.batch_size == 1024 and streaming.step_length(1) == 0
+
+
+def built(settings: FullBatchSettings | HessianFreeSettings) -> HessianFree:
+    optimizer = settings.build([nn.Parameter(torch.zeros(1))], seed=0)
+    assert isinstance(optimizer, HessianFree)
+    return optimizer
+
+
+def test_the_recipe_of_each_problem() -> None:
+    flow, poisson, autoencoder = (built(FullBatchSettings.for_problem(p)) for p in (FIXED, POISSON, AUTOENCODER))
+    # for a field in two dimensions the class's own recipe, number by number
+    plain = HessianFree.full_batch([nn.Parameter(torch.zeros(1))], seed=0)
+    assert flow.settings == plain.settings and flow.param_groups[0]["damping"] == 0.3
+    assert poisson.settings.preconditioner == Woodbury(samples=None, damping_scale=1.0, update_every=3)
+    assert poisson.param_groups[0]["damping"] == 100 and poisson.settings.curvature_batch is None
+    assert poisson.settings.damping_rule == plain.settings.damping_rule
+    assert autoencoder.settings.preconditioner == KFAC(update_every=10, damping_scale=0.1)
+    assert autoencoder.param_groups[0]["damping"] == 150 and autoencoder.settings.curvature_batch == 512
+    rule = LevenbergMarquardt(every=1, omega=0.5, minimum=1e-5, test="next_loss")
+    assert autoencoder.settings.damping_rule == rule
+    assert FullBatchSettings.for_problem(AUTOENCODER, batch_size=64).curvature_batch == 64
+    with pytest.raises(UsageError, match="curvature_batch=97.*96 rows"):
+        FullBatchSettings.for_problem(FIXED, curvature_batch=97).check(1)
+
+
+def test_every_setting_of_a_stream_reaches_the_optimizer() -> None:
+    plain = HessianFree.stochastic([nn.Parameter(torch.zeros(1))], seed=0, curvature_batch=1024)
+    assert built(HessianFreeSettings()).settings == plain.settings
+    cheap = built(HessianFreeSettings.for_problem(LARGE)).settings
+    assert cheap.solver == CG(max_iterations=1, every=4) and cheap.curvature_batch == 64
+    assert cheap.preconditioner == KFAC(power=0.5, update_every=20, warmup_updates=30)
+    assert cheap.damping_rule == LevenbergMarquardt(every=20, minimum=1e-6)
+    assert built(HessianFreeSettings.for_problem(LARGE, cg_iterations=3)).settings.solver == CG(max_iterations=3)
+    with pytest.raises(UsageError, match="every=4.*there are 3.*cg_iterations=1"):
+        HessianFreeSettings(every=4).check(1)
+
+
+@pytest.mark.filterwarnings("ignore:K-FAC declines:UserWarning")  # it declines layers that the derivatives in x bypass
+@pytest.mark.parametrize("name", ["poisson", "autoencoder"])
+def test_the_recipes_lower_the_losses_that_they_are_made_for(name: str) -> None:
+    problem = make(name)
+    settings = FullBatchSettings.for_problem(problem)
+    model, batch = problem.initial_model(0), problem.stream(0).draw(settings.batch_size)
+    optimizer = settings.build(model.parameters(), seed=0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss(model, batch)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(6)]  # type: ignore[arg-type, attr-defined]
+    assert losses[-1] < 0.9 * losses[0] and losses == sorted(losses, reverse=True)
 
 
 def test_streams_refuse_what_needs_fixed_rows() -> None:
@@ -96,6 +156,12 @@ def test_changes_keep_their_types() -> None:
     assert hessfree == HessianFreeSettings(damping=1.0, batch_size=64, curvature_batch=64)
     assert isinstance(hessfree, HessianFreeSettings) and isinstance(hessfree.damping, float)
     assert choose_settings(["adam"], ["adam.lr=none"], FLAT)["adam"].lr is None
+    changes = ["hessfree.samples=none", "hessfree.preconditioner=kfac", "hessfree.curvature_batch=none"]
+    full = choose_settings(["hessfree"], changes, FIXED)["hessfree"]
+    assert full == FullBatchSettings(batch_size=96, samples=None, preconditioner="kfac", curvature_batch=None)
+    assert choose_settings(["hessfree"], ["hessfree.samples=8"], POISSON)["hessfree"] == FullBatchSettings.for_problem(
+        POISSON, samples=8
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,6 +184,11 @@ def test_changes_keep_their_types() -> None:
 def test_changes_that_make_no_sense(assignment: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose_settings(["hessfree", "adam"], [assignment], FLAT)
+
+
+def test_a_word_that_makes_no_sense() -> None:
+    with pytest.raises(UsageError, match="'jacobi' is unknown; choose from: woodbury, kfac"):
+        choose_settings(["hessfree"], ["hessfree.preconditioner=jacobi"], FIXED)
 
 
 def test_names_that_make_no_sense() -> None:
@@ -161,20 +232,31 @@ def test_recipes_can_be_sent_to_another_process() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.settings.momentum is not None
 
 
-def test_kfac_takes_the_moments_of_the_data() -> None:
+@pytest.mark.parametrize("kind", [KFACSettings, HessianFreeSettings])
+def test_the_first_layer_takes_the_moments_of_the_data(kind: type[KFACSettings] | type[HessianFreeSettings]) -> None:
     problem = make("moons")
-    settings = KFACSettings.for_problem(problem, lr=0.5)
-    assert settings == KFACSettings(lr=0.5) and "data" not in repr(settings)
-    assert settings.data is not None
+    settings = kind.for_problem(problem, lr=0.5, data="moons")
+    assert "moons" not in repr(settings)  # no setting that a user changes
+    assert json.loads(json.dumps(dataclasses.asdict(settings)))["lr"] == 0.5  # a record can hold it
     parameters = list(problem.initial_model(0).parameters())
     optimizer = settings.build(parameters, seed=0)
     assert isinstance(optimizer, HessianFree) and isinstance(optimizer.settings.preconditioner, KFAC)
     [(weight, moments)] = (optimizer.settings.preconditioner.input_moments or {}).items()
     assert weight is parameters[0]
-    assert torch.allclose(moments.mean[:2], settings.data.double().mean(0) / 2)
-    assert KFACSettings.for_problem(FIXED).data is None and KFACSettings.for_problem(FIXED).batch_size == 96
-    with pytest.raises(UsageError, match="kfac has no setting 'data'"):
+    points = load("moons").sample(4096, torch.Generator().manual_seed(1)).double()
+    assert torch.allclose(moments.mean[:2], points.mean(0) / 2)
+    with pytest.raises(UsageError, match="has no setting 'data'"):
         choose_settings(["kfac"], ["kfac.data=1"], FLAT)
+
+
+def test_which_data_are_known() -> None:
+    problem = make("moons")
+    assert KFACSettings.for_problem(problem).data == "moons"
+    assert HessianFreeSettings.for_problem(problem).data is None  # few inputs: a batch tells their moments
+    assert KFACSettings.for_problem(FIXED).data is None and KFACSettings.for_problem(FIXED).batch_size == 96
+    digits = make("digits-784")
+    assert HessianFreeSettings.for_problem(digits).data == "digits-784"
+    assert KFACSettings.for_problem(digits).data == "digits-784"
 
 
 @pytest.mark.parametrize("problem", [FLAT, FIXED])

@@ -9,15 +9,16 @@ from torch import nn
 
 from experiments.benchmark import ablation
 from experiments.benchmark.suite import BUDGETS, CONTENDERS, TRIALS, contenders
-from experiments.problems import PROBLEMS, Problem
+from experiments.problems import PROBLEMS, Problem, make
 from hessfree import CG, KFAC, HessianFree, Identity, LevenbergMarquardt
 
 
-def sized(dim: int, rows: int | None = None) -> Problem:
-    return cast(Problem, SimpleNamespace(name="made-up", dim=dim, rows=rows))
+def sized(dim: int, rows: int | None = None, name: str = "made-up") -> Problem:
+    return cast(Problem, SimpleNamespace(name=name, dim=dim, rows=rows))
 
 
-SIZES = [sized(2), sized(64), sized(784), sized(2, 4096), sized(2, 1280), sized(784, 1500)]
+POISSON, AUTOENCODER = sized(2, 1280, "poisson"), sized(784, 1500, "autoencoder")
+SIZES = [sized(2), sized(64), sized(784), sized(2, 4096), sized(784, 1500), POISSON, AUTOENCODER]
 
 
 def test_the_suite_exists() -> None:
@@ -40,6 +41,22 @@ def test_each_contender_has_as_many_trials_as_any_other(problem: Problem) -> Non
             pickle.loads(pickle.dumps(settings)).build([nn.Parameter(torch.zeros(1))], 0)
             if problem.rows is not None:
                 assert settings.batch_size <= problem.rows
+
+
+@pytest.mark.parametrize("problem", SIZES)
+def test_the_first_guess_is_the_default_recipe(problem: Problem) -> None:
+    for name in ("hessfree", "kfac"):
+        if name in contenders(problem):
+            contender = CONTENDERS[name]
+            assert contender.settings(problem, **contender.grid(problem)[0]) == contender.settings(problem)
+
+
+def test_a_record_can_hold_every_grid() -> None:
+    for problem in SIZES:
+        for name in contenders(problem):
+            grid = CONTENDERS[name].grid(problem)
+            assert all(set(changes) == set(grid[0]) for changes in grid)  # a table of trials has no gaps
+            assert all(isinstance(value, int | float) for changes in grid for value in changes.values())
 
 
 def test_contenders_by_name() -> None:
@@ -80,3 +97,19 @@ def test_variations_start_from_what_was_tuned() -> None:
     assert plain.settings.preconditioner == Identity() and plain.settings.solver == CG(max_iterations=10)
     assert plain.settings.damping_rule == base.settings.damping_rule
     assert varied["half the batch"].batch_size == 2048
+
+
+def test_variations_keep_the_rest_of_a_recipe() -> None:
+    varied = ablation.variations(AUTOENCODER, {"autoencoder": {"hessfree": {"chosen": {"damping": 30.0}}}})
+    one = varied["damping test at every 5th step"].build([nn.Parameter(torch.zeros(1))], 3)
+    assert isinstance(one, HessianFree)
+    assert one.settings.damping_rule == LevenbergMarquardt(every=5, omega=0.5, minimum=1e-5, test="replay")
+    assert one.settings.preconditioner == KFAC(update_every=10) and one.settings.curvature_batch == 512
+    assert one.param_groups[0]["damping"] == 30 and one.settings.seed == 3
+    digits = make("digits-784")
+    base = ablation.variations(digits, {})["constant damping"]
+    parameters = list(digits.initial_model(0).parameters())
+    known = base.build(parameters, 0)
+    assert base.warmup == 0.1 and isinstance(known, HessianFree)
+    assert isinstance(kfac := known.settings.preconditioner, KFAC) and kfac.input_moments
+    assert [weight is parameters[0] for weight in kfac.input_moments] == [True]
