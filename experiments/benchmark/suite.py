@@ -69,6 +69,17 @@ def _adam(problem: Problem) -> list[Changes]:
 
 def _soap(problem: Problem) -> list[Changes]:
     """Adam's batches; its rotated steps bear, and want, higher rates."""
+    if problem.rows is None and problem.dim == 2:  # its steps are dear beside its rows: the batch is worth a trial
+        return _around(
+            {"lr": 3e-2, "batch_size": 2048},
+            {"lr": 1e-2},
+            {"lr": 1e-1},
+            {"batch_size": 1024},
+            {"batch_size": 4096},
+            {"lr": 1e-2, "batch_size": 1024},
+            {"lr": 1e-1, "batch_size": 4096},
+            {"lr": 1e-2, "batch_size": 4096},
+        )
     return _product(lr=(1e-2, 3e-3, 3e-2, 1e-1), batch_size=_first_order_batches(problem))
 
 
@@ -110,18 +121,18 @@ def _hessian_free(problem: Problem) -> list[Changes]:
             {"samples": 512, "weight": 0.3, "update_every": 20},
         )
     if problem.dim == 2:
-        return _product(minimum_damping=(1e-3, 1e-5), batch_size=(8192, 4096, 2048, 16384))
+        return _product(omega=(0.9, 0.8), minimum_damping=(1e-3, 1e-5), batch_size=(8192, 4096))
     if problem.dim <= 64:
-        return _product(minimum_damping=(1e-6, 1e-4), batch_size=(1024, 2048, 4096, 512))
+        return _product(omega=(0.9, 0.8), minimum_damping=(1e-6, 1e-4), batch_size=(1024, 2048))
     return _around(
-        {"power": 0.5, "every": 4, "curvature_batch": 64},
+        {"batch_size": 512, "power": 0.5, "every": 4, "curvature_batch": 64},
         {"power": 1.0},
-        {"curvature_batch": 256},
-        {"curvature_batch": 512},
-        {"every": 1},
         {"power": 1.0, "curvature_batch": 256},
-        {"every": 1, "curvature_batch": 256},
-        {"power": 1.0, "every": 1, "curvature_batch": 256},
+        {"power": 1.0, "curvature_batch": 512},
+        {"power": 1.0, "batch_size": 1024},
+        {"batch_size": 256, "every": 8},
+        {"batch_size": 256, "every": 16},
+        {"every": 1},
     )
 
 

@@ -24,6 +24,7 @@ class HessianFreeSettings(CommonSettings):
         curvature_batch: Rows of the curvature; None: an eighth of the gradient's, at least 256.
         cg_iterations: Conjugate-gradient iterations a step.
         every: Iterate at every so many steps only, and reuse the step length between; needs `cg_iterations` of 1.
+        omega: Factor on λ, for each step, where the quadratic model predicted well.
         minimum_damping: The floor under λ: the noisier the target, the higher.
         test_every: Steps between tests of λ, each of which evaluates the loss once more.
         power: Precondition by K-FAC to the power −`power`.
@@ -41,6 +42,7 @@ class HessianFreeSettings(CommonSettings):
     curvature_batch: int | None = None
     cg_iterations: int = 3
     every: int = 1
+    omega: float = 0.9
     minimum_damping: float = 1e-3
     test_every: int = 5
     power: float = 1.0
@@ -113,7 +115,7 @@ class HessianFreeSettings(CommonSettings):
                 warmup_updates=self.warmup_updates,
                 input_moments=moments_of_first_layer(self.data, params),
             ),
-            damping_rule=LevenbergMarquardt(every=self.test_every, minimum=self.minimum_damping),
+            damping_rule=LevenbergMarquardt(every=self.test_every, omega=self.omega, minimum=self.minimum_damping),
             curvature_batch=self.curvature_batch,
             seed=seed,
         )
