@@ -106,6 +106,7 @@ def test_every_setting_of_a_stream_reaches_the_optimizer() -> None:
     assert cheap.solver == CG(max_iterations=1, every=4) and cheap.curvature_batch == 64
     assert cheap.preconditioner == KFAC(power=0.5, update_every=20, warmup_updates=30)
     assert cheap.damping_rule == LevenbergMarquardt(every=20, minimum=1e-6)
+    assert built(HessianFreeSettings(omega=0.8)).settings.damping_rule == LevenbergMarquardt(omega=0.8, minimum=1e-3)
     assert built(HessianFreeSettings.for_problem(LARGE, cg_iterations=3)).settings.solver == CG(max_iterations=3)
     with pytest.raises(UsageError, match="every=4.*there are 3.*cg_iterations=1"):
         HessianFreeSettings(every=4).check(1)
