@@ -132,7 +132,7 @@ class HessianFree(Optimizer):
         Returns:
             The optimizer.
         """
-        recipe: dict[str, Any] = {"curvature_batch": 0.125, "damping_rule": LevenbergMarquardt(every=5, minimum=1e-3)}
+        recipe: dict[str, Any] = {"curvature_batch": 0.125, "damping_rule": LevenbergMarquardt(every=5, omega=0.8, minimum=1e-3)}
         return cls(params, **(recipe | changes))
 
     @classmethod

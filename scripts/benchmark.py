@@ -1,7 +1,7 @@
 """Measure HessianFree against tuned rivals at equal seconds, or its own parts against each other.
 
 python scripts/benchmark.py optimizers
-python scripts/benchmark.py optimizers --tune --jobs 2 --problems digits
+python scripts/benchmark.py optimizers --tune --trials 4 --problems digits
 python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
 python scripts/benchmark.py ablation --problems 8gaussians-stable
 """
@@ -55,6 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
         metavar="N",
         help="trials at a time, which share the threads; reported runs go one by one in any case [%(default)d]",
     )
+    common.add_argument("--trials", type=int, metavar="N", help="how many of each grid are tried [all]")
     parser = _Parser(prog="benchmark.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     optimizers = commands.add_parser(

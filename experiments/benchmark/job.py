@@ -30,6 +30,7 @@ class Job:
         quick: Budgets of half a second, and two trials where contenders are tuned.
         tune: Find the contenders' settings instead of running them.
         jobs: Trials at a time; reported runs are always one at a time. 0: everything in this process, for tests.
+        trials: How many of each grid are tried, its best guesses first; None: all.
         tuned: Where the settings are; None: the file in the package; what a quick search finds goes to `out`.
         fresh: Leave out the runs of earlier sittings.
         budget_seconds: Seconds of each run; None: the problem's.
@@ -44,6 +45,7 @@ class Job:
     quick: bool = False
     tune: bool = False
     jobs: int = 1
+    trials: int | None = None
     tuned: Path | None = None
     fresh: bool = False
     budget_seconds: float | None = None
@@ -58,6 +60,8 @@ class Job:
             raise UsageError(f"--threads {self.threads} is none; give 1 or more")
         if self.jobs < 0:
             raise UsageError(f"--jobs {self.jobs} is negative; give the number of trials at a time")
+        if self.trials is not None and self.trials < 1:
+            raise UsageError(f"--trials {self.trials} tries nothing; give a positive number, or leave it out for all")
         for seed in self.seeds:
             if not 0 <= seed < 2**31:
                 raise UsageError(f"--seeds {seed} is out of range; give integers from 0 to {2**31 - 1}")
@@ -113,7 +117,7 @@ def run_optimizers(job: Job) -> list[Row]:
                 threads=job.threads,
                 jobs=job.jobs,
                 device=device,
-                trials=_QUICK_TRIALS if job.quick else None,
+                trials=_QUICK_TRIALS if job.quick else job.trials,
                 say=_say,
             )
             tuned[problem.name] = tuned.get(problem.name, {}) | found

@@ -15,7 +15,7 @@ from experiments.problems import Problem
 
 TUNED = Path(__file__).with_name("tuned.json")  # the settings that the published results were made with
 SEED = 1000
-SHARE = 1 / 3  # of the budget, for each trial, with a full schedule
+SHARE = 0.4  # of the budget, for each trial, with a full schedule
 
 Tuned = dict[str, dict[str, Any]]  # by problem, by contender: what was chosen, and every trial
 

@@ -42,7 +42,7 @@ class HessianFreeSettings(CommonSettings):
     curvature_batch: int | None = None
     cg_iterations: int = 3
     every: int = 1
-    omega: float = 0.9
+    omega: float = 0.8
     minimum_damping: float = 1e-3
     test_every: int = 5
     power: float = 1.0
@@ -73,13 +73,14 @@ class HessianFreeSettings(CommonSettings):
         if problem.dim == 2:
             return cls(**changes)
         if problem.dim <= 256:
-            return cls(**{"damping": 0.1, "batch_size": 1024, "minimum_damping": 1e-6} | changes)
+            return cls(**{"damping": 0.1, "omega": 0.9, "batch_size": 1024, "minimum_damping": 1e-6} | changes)
         many: dict[str, Any] = {
             "damping": 0.1,
             "batch_size": 512,
             "curvature_batch": min(64, changes.get("batch_size", 512)),
             "cg_iterations": 1,
             "every": 4 if changes.get("cg_iterations", 1) == 1 else 1,
+            "omega": 0.9,
             "minimum_damping": 1e-6,
             "test_every": 20,
             "power": 0.5,

@@ -36,8 +36,8 @@ def test_the_best_is_chosen_and_all_are_recorded(problem: Problem, monkeypatch: 
     assert one["chosen"] == {"lr": 3e-3, "batch_size": 1024}
     assert len(one["trials"]) == 8 == len(works)
     assert [trial["score"] for trial in one["trials"] if trial["changes"]["lr"] == 0.1] == [None, None]
-    assert {(work.seed, work.budget_seconds, work.threads) for work in works} == {(1000, 4.0, 1)}
-    assert one["seed"] == 1000 and one["budget_seconds"] == 4.0
+    assert {(work.seed, work.budget_seconds, work.threads) for work in works} == {(1000, 0.4 * 12, 1)}
+    assert one["seed"] == 1000 and one["budget_seconds"] == 0.4 * 12
     assert "adam with lr 0.1, batch_size 4096: diverged" in "\n".join(lines)
     assert lines[-1] == "moons: adam takes lr 0.003, batch_size 1024 (at the edge of its grid: lr)"
     assert one["at_edge"] == ["lr"]  # two batches were tried: both are edges, and say nothing
