@@ -18,7 +18,7 @@ from hessfree.linearization import linearize
 from hessfree.momentum import QuadraticModelMomentum
 from hessfree.operators import GaussNewton, Hessian
 from hessfree.optimizer import HessianFree
-from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, Jacobi, Nystrom, Woodbury
+from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, InputMoments, Jacobi, Nystrom, Woodbury
 from hessfree.recording import mark_outputs
 from hessfree.report import StepReport
 from hessfree.solvers import CG, DenseCholesky, EisenstatWalker, RootGradientNorm
@@ -38,6 +38,7 @@ __all__ = [
     "Hessian",
     "HessianFree",
     "Identity",
+    "InputMoments",
     "Jacobi",
     "LevenbergMarquardt",
     "Nystrom",

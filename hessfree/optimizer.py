@@ -132,7 +132,8 @@ class HessianFree(Optimizer):
         Returns:
             The optimizer.
         """
-        recipe: dict[str, Any] = {"curvature_batch": 0.125, "damping_rule": LevenbergMarquardt(every=5, omega=0.8, minimum=1e-3)}
+        rule = LevenbergMarquardt(every=5, omega=0.8, minimum=1e-3)
+        recipe: dict[str, Any] = {"curvature_batch": 0.125, "damping_rule": rule}
         return cls(params, **(recipe | changes))
 
     @classmethod

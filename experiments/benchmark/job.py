@@ -127,6 +127,11 @@ def run_optimizers(job: Job) -> list[Row]:
     works = []
     for problem in problems:
         names = contenders[problem.name]
+        if job.optimizers is None and not job.quick and problem.name in tuned:
+            missing = [name for name in names if name not in tuned[problem.name]]
+            names = [name for name in names if name not in missing]
+            if missing:
+                _say(f"{problem.name}: without {', '.join(missing)}, which nobody tuned there")
         settings = {name: tuning.settings_of(name, problem, tuned, untuned=job.quick) for name in names}
         seconds = job.seconds(suite.BUDGETS[problem.name])
         works += _works(job, problem, settings, seconds, device)

@@ -51,6 +51,18 @@ def test_tune_then_run_then_run_more(main: Main, tmp_path: Path, capsys: pytest.
         assert str(tmp_path / name) in output and (tmp_path / name).stat().st_size > 5_000
 
 
+def test_who_was_not_tuned_is_left_out_and_said_so(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(json.dumps({"moons": {"adam": {"chosen": {"lr": 0.01, "batch_size": 64}}}}))
+    arguments = ["optimizers", *(word for word in INSIDE if word != "--quick"), "--tuned", str(tuned)]
+    assert main([*arguments, "--out", str(tmp_path), "--problems", "moons"]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["adam"]
+    assert "moons: without hessfree, soap, which nobody tuned there" in capsys.readouterr().out
+
+
 def test_fresh_leaves_out_what_was(main: Main, tmp_path: Path) -> None:
     arguments = ["optimizers", *INSIDE, "--out", str(tmp_path), "--optimizers", "adam", "--problems"]
     assert main([*arguments, "moons"]) == 0

@@ -89,7 +89,7 @@ def test_variations_start_from_what_was_tuned() -> None:
     base = varied[ablation.BASE].build([nn.Parameter(torch.zeros(1))], 0)
     assert isinstance(base, HessianFree)
     assert varied[ablation.BASE].batch_size == 4096
-    assert base.settings.damping_rule == LevenbergMarquardt(every=5, minimum=1e-5)
+    assert base.settings.damping_rule == LevenbergMarquardt(every=5, omega=0.8, minimum=1e-5)
     assert base.settings.curvature_batch == 512 and base.settings.solver == CG(max_iterations=3)
     assert base.settings.preconditioner == KFAC()
     plain = varied["no preconditioner, CG 10"].build([nn.Parameter(torch.zeros(1))], 0)
