@@ -123,7 +123,7 @@ def _hessian_free(problem: Problem) -> list[Changes]:
     if problem.dim == 2:
         return _product(omega=(0.8, 0.9), minimum_damping=(1e-3, 1e-5), batch_size=(8192, 4096))
     if problem.dim <= 64:
-        return _product(minimum_damping=(1e-6, 1e-4), omega=(0.9, 0.8), batch_size=(1024, 2048))
+        return _product(minimum_damping=(1e-6, 1e-4), omega=(0.8, 0.9), batch_size=(1024, 2048))
     return _around(
         {"batch_size": 512, "power": 0.5, "every": 4, "curvature_batch": 64},
         {"power": 1.0},

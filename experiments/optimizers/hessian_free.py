@@ -73,7 +73,7 @@ class HessianFreeSettings(CommonSettings):
         if problem.dim == 2:
             return cls(**changes)
         if problem.dim <= 256:
-            return cls(**{"damping": 0.1, "omega": 0.9, "batch_size": 1024, "minimum_damping": 1e-6} | changes)
+            return cls(**{"damping": 0.1, "batch_size": 1024, "minimum_damping": 1e-6} | changes)
         many: dict[str, Any] = {
             "damping": 0.1,
             "batch_size": 512,
