@@ -136,9 +136,8 @@ class Attempt:
         self._recording.after.restore()  # products may have run modules again, to recompute a checkpoint
         self._parameters.take_step(self._backup, taken)
         pending = None
-        if self._settings.damping_rule.wants_next_loss(self._number):
-            slope = alpha * (terms.slope + terms.decay_slope)
-            pending = (self._loss + 0.5 * float(theta @ (self._decay * theta)), predicted, slope, False)
+        if replayable and self._settings.damping_rule.wants_next_loss(self._number):
+            pending = (self._penalised(theta), predicted, alpha * (terms.slope + terms.decay_slope), False)
         known = self._memory.steps[: max(self._history - 1, 0)]
         memory = dataclasses.replace(
             self._memory,
@@ -167,7 +166,7 @@ class Attempt:
         if self._memory.pending is None or previous is None:
             return None
         pending = Pending(*self._memory.pending)
-        rise = self._loss + 0.5 * float(theta @ (self._decay * theta)) - pending.loss
+        rise = self._penalised(theta) - pending.loss
         if not rise > max(-pending.predicted, rounding(pending.loss)):
             return None
         alpha = 0.0 if pending.is_cut else min(max(pending.slope / (2 * (pending.slope - rise)), 0.1), 0.5)
@@ -185,6 +184,10 @@ class Attempt:
     def restore(self) -> None:
         """Put the parameters back, bit for bit."""
         self._parameters.restore(self._backup)
+
+    def _penalised(self, theta: Tensor) -> float:
+        """Return the recorded loss with the weight decay's ½‖θ‖² term."""
+        return self._loss + 0.5 * float(theta @ (self._decay * theta))
 
     def _curvature(self) -> Curvature:
         """Return the curvature at θ, set up when something first asks for it: many a step does without."""

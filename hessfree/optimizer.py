@@ -89,7 +89,7 @@ class HessianFree(Optimizer):
             momentum: Combines the direction with the previous step; None does not.
             curvature_batch: Samples of the batch that G is formed on: a number, a share of the batch (at least
                 256), or None for all.
-            linearization: Back end of the products: "auto", "graph" or "functional".
+            linearization: Back end of the products: "auto", "traced", "graph" or "functional".
             seed: For the preconditioner's random cotangents.
             max_step_norm: Shorten steps s longer than this; None does not.
             step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs), "preconditioner" is √(sᵀMs),

@@ -6,27 +6,19 @@ python scripts/benchmark.py optimizers --problems digits poisson --optimizers he
 python scripts/benchmark.py ablation --problems 8gaussians-stable
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 try:
     from experiments.benchmark import suite
     from experiments.benchmark.ablation import PROBLEMS
     from experiments.benchmark.job import COMMANDS, Job
+    from experiments.command_line import Parser
     from experiments.environment import UsageError
 except ModuleNotFoundError as error:
     print(f'benchmark.py: error: {error}; run in the clone: pip install -e ".[experiments]"', file=sys.stderr)
     sys.exit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"benchmark.py: error: {message}; see --help\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
@@ -39,7 +31,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
         The command, and what to do, not yet checked.
     """
     default = Job()
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--quick", action="store_true", help="half a second a run: shows that all runs, and no more")
     common.add_argument("--out", type=Path, metavar="DIR", help="where results go [runs/benchmark or runs/ablation]")
     common.add_argument("--fresh", action="store_true", help="start over: leave out the results that --out holds")
@@ -56,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
         help="trials at a time, which share the threads; reported runs go one by one in any case [%(default)d]",
     )
     common.add_argument("--trials", type=int, metavar="N", help="how many of each grid are tried [all]")
-    parser = _Parser(prog="benchmark.py", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = Parser(prog="benchmark.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     optimizers = commands.add_parser(
         "optimizers", parents=[common], allow_abbrev=False, help="HessianFree against its rivals"

@@ -5,27 +5,19 @@ python scripts/train.py --data digits --optimizers hessfree adam --budget-second
     --out runs/digits --set hessfree.damping=0.1 adam.lr=0.01
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 try:
     from experiments import data
+    from experiments.command_line import Parser
     from experiments.environment import UsageError
     from experiments.main_job import Job, run_job
     from experiments.optimizers import OPTIMIZERS
 except ModuleNotFoundError as error:
     print(f'train.py: error: {error}; run in the clone: pip install -e ".[experiments]"', file=sys.stderr)
     sys.exit(2)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Job:
@@ -37,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> Job:
     Returns:
         What to do, not yet checked.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Train a flow-matching network with several optimizers, side by side and for equal seconds.",
         allow_abbrev=False,

@@ -126,6 +126,27 @@ def test_only_a_step_that_is_judged_is_cut() -> None:
     assert optimizer.last_step.loss > 1000
 
 
+def test_a_closure_that_draws_its_data_is_not_judged_by_the_next_loss() -> None:
+    # the warning promises that the damping stays fixed, and that finite steps are taken
+    model = mlp(torch.float32)
+    x, y = regression(400, torch.float32)
+    scales = iter([1.0, 1.0, 50.0, 1.0, 50.0, 1.0, 50.0])  # the first two go to the test of the closure
+    batches = iter(list(zip(x.split(20), y.split(20), strict=True)))
+
+    def loss() -> Tensor:
+        a, b = next(batches)
+        return next(scales) * F.mse_loss(model(a), b)
+
+    optimizer = HessianFree(model.parameters(), damping_rule=FREE)
+    closure = closure_for(optimizer, loss)
+    with pytest.warns(UserWarning, match="Draw the batch before the closure"):
+        optimizer.step(closure)
+    for _ in range(4):
+        optimizer.step(closure)
+        assert optimizer.last_step.accepted
+    assert optimizer.param_groups[0]["damping"] == 0.3
+
+
 def test_what_waits_for_judgement_survives_a_checkpoint() -> None:
     model, optimizer, closure = rosenbrock()
     optimizer.step(closure)

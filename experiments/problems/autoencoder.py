@@ -168,9 +168,7 @@ class DigitsAutoencoder:
         Returns:
             The network, on the device.
         """
-        with seeded(seed):
-            model = Autoencoder()
-        return model.to(self.device)
+        return seeded(Autoencoder, seed, self.device)
 
     def stream(self, seed: int) -> Stream:
         """Start the first epoch.

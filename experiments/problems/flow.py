@@ -51,9 +51,7 @@ class _VelocityField:
         Returns:
             The network, on the device.
         """
-        with seeded(seed):
-            model = ToyMLP(self.dim, time_varying=True)
-        return model.to(self.device)
+        return seeded(lambda: ToyMLP(self.dim, time_varying=True), seed, self.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Give mean (v - u)² over rows and components.

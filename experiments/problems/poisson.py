@@ -254,9 +254,7 @@ class Poisson:
         Returns:
             The network, on the device.
         """
-        with seeded(seed):
-            model = SolutionMLP()
-        return model.to(self.device)
+        return seeded(SolutionMLP, seed, self.device)
 
     def stream(self, seed: int) -> Stream:
         """Start the first epoch.

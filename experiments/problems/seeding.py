@@ -1,21 +1,22 @@
 """Initial weights from a seed alone."""
 
-import contextlib
-from collections.abc import Generator
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Generator[None]:
-    """Let torch's own stream on the CPU start at a seed, and go on afterwards as if nothing had been drawn.
+def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+    """Make a network whose weights the seed alone decides; torch's own stream goes on as if nothing had been drawn.
 
     Args:
-        seed: Fixes what is drawn inside.
+        make: Builds the network, on the CPU: every device gets the same weights.
+        seed: Fixes what is drawn.
+        device: Where the network shall live.
 
-    Yields:
-        Nothing.
+    Returns:
+        The network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        return make().to(device)

@@ -1,13 +1,13 @@
 """The command line of the benchmark, with budgets of milliseconds."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+from tests.experiments.scripts import main_of
+
 TINY = ["--quick", "--budget-seconds", "0.001", "--threads", "1"]
 INSIDE = [*TINY, "--jobs", "0", "--seeds", "0"]
 
@@ -16,11 +16,7 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return main_of("benchmark")
 
 
 def test_tune_then_run_then_run_more(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+from tests.experiments.scripts import SCRIPTS, main_of
+
+SCRIPT = SCRIPTS / "train.py"
 TINY = ["--budget-seconds", "0.001"]
 SMALL = ["hessfree.batch_size=16", "dense-fisher.batch_size=4", "adam.batch_size=16"]
 
@@ -18,11 +20,7 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def main() -> Main:
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return main_of("train")
 
 
 def test_the_default_job(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
