@@ -28,6 +28,8 @@ from hessfree.recording import (
     Closure,
     Owners,
     Recording,
+    check_one_process,
+    check_reached,
     record,
     replay,
     twice_differentiable,
@@ -190,14 +192,14 @@ class HessianFree(Optimizer):
                 "loss = ...; loss.backward(); return loss. (A GradScaler and precision='16-mixed' call step() without "
                 "one: use bfloat16 or float32 there)"
             )
-        _check_one_process()
+        check_one_process()
         parameters = self._trainable()
         check_groups(self.param_groups)
         started, seen = time.perf_counter(), self._counter.total
         tree = CallTree(self._owners, parameters.device, self._builder.keeps_inputs, self._builder.keeps_value)
         recording = record(closure, parameters, tree, stale=self._counter.highest() == 0)
         try:
-            self._check_recording(recording, seen)
+            check_reached(recording.roots, self._counter.total - seen)
             damping = self._damping_after_last(recording, parameters)
             attempt = self._attempt(closure, recording, parameters, damping)
         except BaseException:
@@ -280,16 +282,6 @@ class HessianFree(Optimizer):
         )
         return self._parameters
 
-    def _check_recording(self, recording: Recording, seen: int) -> None:
-        if self._counter.total == seen:
-            raise RuntimeError(
-                "the loss does not depend on any parameter of this optimizer: backward() left their gradients "
-                "untouched. Was the optimizer built from another model, or the output detached?"
-            )
-        shapes = [tuple(o.shape) for call in recording.roots for o in call.outputs]
-        if shapes and all(0 in shape for shape in shapes):
-            raise ValueError(f"the batch is empty: the outputs of the network have shapes {shapes}; skip such batches")
-
     def _damping_after_last(self, recording: Recording, parameters: ParameterVector) -> list[float]:
         """Return λ of each group, after the step before has been judged by the loss of this one, if it is to be."""
         damping = [float(group["damping"]) for group in self.param_groups]
@@ -333,13 +325,3 @@ class HessianFree(Optimizer):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _check_one_process() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise RuntimeError(
-                f"HessianFree runs in one process, and the default process group has {world}: its curvature products "
-                "are not averaged over ranks, which would drift apart. Train in one process, or use another optimizer"
-            )

@@ -3,6 +3,7 @@
 from hessfree.recording.accumulation import BackwardCounter
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.calls import Call, CallTree, Output, Owners, twice_differentiable
+from hessfree.recording.checks import check_one_process, check_reached
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.random_state import RandomState
@@ -27,6 +28,8 @@ __all__ = [
     "Trace",
     "World",
     "call_at",
+    "check_one_process",
+    "check_reached",
     "explains_gradient",
     "find_cut",
     "make_cut",

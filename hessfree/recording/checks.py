@@ -10,7 +10,44 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from hessfree.recording.calls import Call
 from hessfree.recording.tail import walk
+
+
+def check_one_process() -> None:
+    """Refuse several processes.
+
+    Raises:
+        RuntimeError: The default process group has more than one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise RuntimeError(
+                f"HessianFree runs in one process, and the default process group has {world}: its curvature products "
+                "are not averaged over ranks, which would drift apart. Train in one process, or use another optimizer"
+            )
+
+
+def check_reached(roots: Sequence[Call], gradients: int) -> None:
+    """Check that a closure's backward reached the parameters, and that its batch was not empty.
+
+    Args:
+        roots: The outermost calls that it made.
+        gradients: How many gradients its backward accumulated.
+
+    Raises:
+        RuntimeError: None.
+        ValueError: All outputs of the network are empty.
+    """
+    if not gradients:
+        raise RuntimeError(
+            "the loss does not depend on any parameter of this optimizer: backward() left their gradients "
+            "untouched. Was the optimizer built from another model, or the output detached?"
+        )
+    shapes = [tuple(o.shape) for call in roots for o in call.outputs]
+    if shapes and all(0 in shape for shape in shapes):
+        raise ValueError(f"the batch is empty: the outputs of the network have shapes {shapes}; skip such batches")
 
 
 def check_returned(returned: Any, backward_seen: bool, differentiated: Sequence[Tensor]) -> None:
