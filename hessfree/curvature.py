@@ -20,7 +20,7 @@ from hessfree.linearization import (
     find_fault,
 )
 from hessfree.losses import OutputHessian
-from hessfree.operators import GaussNewton, Hessian, LinearOperator
+from hessfree.operators import GaussNewton, Hessian, SymmetricOperator
 from hessfree.preconditioners import Sample
 from hessfree.recording import (
     Cut,
@@ -49,7 +49,7 @@ class Curvature:
             None where there are no outputs z.
     """
 
-    operator: LinearOperator
+    operator: SymmetricOperator
     backend: str
     cut: str
     samples: int

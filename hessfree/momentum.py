@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.solvers import Solution
 
 
@@ -35,7 +35,7 @@ class Momentum(Protocol):
 
     def combine(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         solution: Solution,
@@ -84,7 +84,7 @@ class QuadraticModelMomentum:
 
     def combine(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         solution: Solution,
@@ -112,7 +112,9 @@ class QuadraticModelMomentum:
         return Direction(weights.to(device=rhs.device, dtype=rhs.dtype) @ d, weights @ matrix @ weights)
 
 
-def _curvatures(operator: LinearOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, d: Tensor) -> Tensor:
+def _curvatures(
+    operator: SymmetricOperator, rhs: Tensor, shift: float | Tensor, solution: Solution, d: Tensor
+) -> Tensor:
     """Return d (A + D) dᵀ for rows d, of which the first is the solver's x."""
     if solution.residual is None:
         return operator.quadratic_form(d) + (shift * d) @ d.T

@@ -39,7 +39,10 @@ ROOMS = (
     "optimizer",
     "lightning",
 )  # each imports only from rooms before it, or from itself
-OPTIONAL = {"lightning": {"lightning", "pytorch_lightning"}}  # a room may import these besides torch
+OPTIONAL = {  # a room may import these besides torch
+    "lightning": {"lightning", "pytorch_lightning"},
+    "operators": {"scipy"},  # inside to_scipy, when it is called
+}
 
 
 def room_of(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""Curvature matrices as operators: `A @ v`, `A.to_dense()`, `A.diagonal()`."""
+"""Curvature matrices as operators: `A @ v`, `A.to_dense()`, `A.diagonal()`, `A.trace()`, `A.to_scipy()`."""
 
-from hessfree.operators.base import LinearOperator
+from hessfree.operators.base import LinearOperator, SymmetricOperator
 from hessfree.operators.deferred import Deferred
 from hessfree.operators.gauss_newton import GaussNewton
 from hessfree.operators.hessian import Hessian
 
-__all__ = ["Deferred", "GaussNewton", "Hessian", "LinearOperator"]
+__all__ = ["Deferred", "GaussNewton", "Hessian", "LinearOperator", "SymmetricOperator"]

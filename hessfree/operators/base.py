@@ -1,4 +1,4 @@
-"""A symmetric matrix seen through its products: `A @ v`, `A.to_dense()`, `A.diagonal()`."""
+"""A matrix seen through its products: `A @ v`, `A.to_dense()`, `A.diagonal()`, `A.trace()`, `A.to_scipy()`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,128 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.linearization import call_model
+from hessfree.operators.scipy_view import scipy_view
 from hessfree.recording import CallTree, Owners, Trace, trace_loss
 from hessfree.vectors import ParameterVector
 
 
 class LinearOperator(abc.ABC):
+    """A matrix A that is never formed unless asked for.
+
+    Attributes:
+        dtype: Dtype of its vectors.
+        device: Device of its vectors.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+
+    @abc.abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return A v `[rows]` for `v` `[columns]`."""
+
+    @abc.abstractmethod
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """Return Aᵀ u `[columns]` for `u` `[rows]`."""
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Return A v for a vector `[columns]`, or A V column by column for a block `[columns, K]`.
+
+        Args:
+            v: On the operator's device; other floating dtypes are cast.
+
+        Returns:
+            `[rows]` or `[rows, K]`.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
+        rows, columns = self.shape
+        if v.ndim not in {1, 2} or v.shape[0] != columns:
+            raise ValueError(
+                f"cannot multiply a {rows}x{columns} operator by a tensor of shape {tuple(v.shape)}; "
+                f"pass a vector [{columns}] or a block [{columns}, K]"
+            )
+        v = v.detach().to(self.dtype)
+        if v.ndim == 1:
+            return self.matvec(v)
+        if v.shape[1] == 0:
+            return v.new_empty(rows, 0)
+        return torch.stack([self.matvec(column) for column in v.unbind(1)], 1)
+
+    def adjoint(self) -> LinearOperator:
+        """Return Aᵀ."""
+        return _Adjoint(self)
+
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        """Return V A Vᵀ `[K, K]` for rows V `[K, rows]` of a square A: the curvature along and between directions."""
+        products = torch.stack([self.matvec(v) for v in vectors])
+        return vectors @ products.T
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix `[rows, columns]`, formed from as many products as it has columns."""
+        return self @ torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+
+    def diagonal(self) -> Tensor:
+        """Return the exact diagonal `[min(rows, columns)]`, from products and without holding the matrix."""
+        rows, columns = self.shape
+        out = torch.empty(min(rows, columns), dtype=self.dtype, device=self.device)
+        unit = torch.zeros(columns, dtype=self.dtype, device=self.device)
+        for i in range(len(out)):
+            unit[i] = 1
+            out[i] = self.matvec(unit)[i]
+            unit[i] = 0
+        return out
+
+    def trace(self, samples: int | None = None, *, seed: int = 0) -> Tensor:
+        """Return the trace, exactly or by Hutchinson's estimate.
+
+        The estimate is the mean of zᵀAz over vectors z of random signs (Hutchinson 1989): unbiased, with a variance
+        of 2 (‖S‖² − ‖diag S‖²) / samples in the Frobenius norm, S the symmetric part of A.
+
+        Args:
+            samples: How many z to draw; None for the exact sum of the diagonal.
+            seed: Of the draws. The same seed gives the same estimate.
+
+        Returns:
+            A tensor without dimensions.
+
+        Raises:
+            ValueError: The matrix is not square, or `samples` is not a positive integer.
+        """
+        rows, columns = self.shape
+        if rows != columns:
+            raise ValueError(f"a {rows}x{columns} operator has no trace, since it is not square")
+        if samples is None:
+            return self.diagonal().sum()
+        check_samples(samples)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for _ in range(samples):
+            signs = torch.randint(0, 2, (1, rows), generator=generator, device=self.device).to(self.dtype) * 2 - 1
+            total += self.quadratic_form(signs).squeeze()
+        return total / samples
+
+    def to_scipy(self) -> Any:
+        """Return a `scipy.sparse.linalg.LinearOperator` with the same products, for scipy's eigen- and linear solvers.
+
+        Vectors go from numpy to the operator's device and back at every product.
+
+        Returns:
+            The view, of the operator's shape and dtype (float32 or float64).
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
+        return scipy_view(self)
+
+
+class SymmetricOperator(LinearOperator):
     """A symmetric P×P matrix that is never formed unless asked for.
 
     Attributes:
@@ -24,69 +141,58 @@ class LinearOperator(abc.ABC):
     """
 
     size: int
-    dtype: torch.dtype
-    device: torch.device
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, P)."""
         return self.size, self.size
 
-    @abc.abstractmethod
-    def matvec(self, v: Tensor) -> Tensor:
-        """Return A v `[P]` for `v` `[P]`."""
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """Return Aᵀ u, which is A u."""
+        return self.matvec(u)
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        """Return A v for a vector `[P]`, or A V column by column for a block `[P, K]`.
+    def adjoint(self) -> SymmetricOperator:
+        """Return Aᵀ, which is A."""
+        return self
 
-        Args:
-            v: On the operator's device; other floating dtypes are cast.
-
-        Returns:
-            A tensor of the shape of `v`.
-
-        Raises:
-            ValueError: The shape does not fit.
-        """
-        if v.ndim not in {1, 2} or v.shape[0] != self.size:
-            raise ValueError(
-                f"cannot multiply a {self.size}x{self.size} operator by a tensor of shape {tuple(v.shape)}; "
-                f"pass a vector [{self.size}] or a block [{self.size}, K]"
-            )
-        v = v.detach().to(self.dtype)
-        if v.ndim == 1:
-            return self.matvec(v)
-        if v.shape[1] == 0:
-            return v.clone()
-        return torch.stack([self.matvec(column) for column in v.unbind(1)], 1)
-
-    def quadratic_form(self, vectors: Tensor) -> Tensor:
-        """Return V A Vᵀ `[K, K]` for rows V `[K, P]`: the curvature along and between a few directions."""
-        products = torch.stack([self.matvec(v) for v in vectors])
-        return vectors @ products.T
-
-    def scaled(self, factor: float) -> LinearOperator:
+    def scaled(self, factor: float) -> SymmetricOperator:
         """Return `factor` times this operator."""
         return self if factor == 1 else _Scaled(self, factor)
 
     def to_dense(self) -> Tensor:
         """Return the matrix `[P, P]`, formed from P products and made exactly symmetric."""
-        dense = self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
+        dense = super().to_dense()
         return 0.5 * (dense + dense.T)
 
+
+class _Adjoint(LinearOperator):
+    def __init__(self, operator: LinearOperator) -> None:
+        self.dtype, self.device = operator.dtype, operator.device
+        self._operator = operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self._operator.shape
+        return columns, rows
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._operator.rmatvec(v)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self._operator.matvec(u)
+
+    def adjoint(self) -> LinearOperator:
+        return self._operator
+
+    def to_dense(self) -> Tensor:
+        return self._operator.to_dense().T
+
     def diagonal(self) -> Tensor:
-        """Return the exact diagonal `[P]`, from P products and without holding the matrix."""
-        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
-        unit = torch.zeros_like(out)
-        for i in range(self.size):
-            unit[i] = 1
-            out[i] = self.matvec(unit)[i]
-            unit[i] = 0
-        return out
+        return self._operator.diagonal()
 
 
-class _Scaled(LinearOperator):
-    def __init__(self, operator: LinearOperator, factor: float) -> None:
+class _Scaled(SymmetricOperator):
+    def __init__(self, operator: SymmetricOperator, factor: float) -> None:
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
         self._operator, self._factor = operator, factor
 
@@ -101,6 +207,12 @@ class _Scaled(LinearOperator):
 
     def diagonal(self) -> Tensor:
         return self._factor * self._operator.diagonal()
+
+
+def check_samples(samples: int) -> None:
+    """Raise a ValueError unless `samples` is a number of random draws."""
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise ValueError(f"samples={samples!r} must be a positive integer, the number of random draws")
 
 
 def trace_model(

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hessfree.operators.base import LinearOperator
+from hessfree.operators.base import SymmetricOperator
 from hessfree.vectors import FlatSpace
 
 
-class Deferred(LinearOperator):
+class Deferred(SymmetricOperator):
     """The operator that `build` returns, which is first called when something multiplies by it."""
 
-    def __init__(self, space: FlatSpace, build: Callable[[], LinearOperator]) -> None:
+    def __init__(self, space: FlatSpace, build: Callable[[], SymmetricOperator]) -> None:
         """Describe the operator.
 
         Args:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from hessfree.linearization import Linearization, build, check_backend, run_model
 from hessfree.losses import OutputHessian
-from hessfree.operators.base import LinearOperator, trace_model
+from hessfree.operators.base import SymmetricOperator, trace_model
 from hessfree.recording import Tail, find_cut, make_cut
 from hessfree.vectors import FlatSpace, ParameterVector
 
 CHUNK = 2**24  # numbers of J held at once while the dense matrix is formed
 
 
-class GaussNewton(LinearOperator):
+class GaussNewton(SymmetricOperator):
     """G = JᵀHJ, plus the exact second derivatives of what the loss adds to the network's outputs.
 
     J `[Z, P]` is the Jacobian of the network's outputs z in the parameters, H `[Z, Z]` the Hessian of the

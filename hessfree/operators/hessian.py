@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfree.operators.base import LinearOperator, trace_model
+from hessfree.operators.base import SymmetricOperator, trace_model
 from hessfree.recording import Tail
 from hessfree.vectors import ParameterVector
 
 
-class Hessian(LinearOperator):
+class Hessian(SymmetricOperator):
     """∇²L, symmetric but in general indefinite.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 
 Map = Callable[[Tensor], Tensor]
 
@@ -71,7 +71,7 @@ class Solver(Protocol):
 
     def solve(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         precondition: Map | None = None,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.solvers.base import Map, Solution, Status
 from hessfree.solvers.forcing import Forcing
 from hessfree.solvers.iterations import Row, Run
@@ -97,7 +97,7 @@ class CG:
 
     def solve(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         precondition: Map | None = None,

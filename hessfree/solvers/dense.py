@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.solvers.base import Map, Solution, Status
 
 
@@ -39,7 +39,7 @@ class DenseCholesky:
 
     def solve(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         precondition: Map | None = None,

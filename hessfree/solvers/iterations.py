@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.solvers.base import Map
 from hessfree.solvers.drift import Drift
 
@@ -35,7 +35,7 @@ class Run:
 
     def __init__(
         self,
-        operator: LinearOperator,
+        operator: SymmetricOperator,
         rhs: Tensor,
         shift: float | Tensor,
         precondition: Map | None,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hessfree import GaussNewton
 from hessfree.curvature import CurvatureBuilder
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.recording import Owners
 from tests.architectures import Variational, mlp, randn
 from tests.networks import PROBLEMS, make
@@ -20,7 +20,7 @@ FROM_LOSS = [name for name in PROBLEMS if make(name).loss_fn is not None]
 INDEFINITE = {"indefinite", "bare_parameter", "named_outputs"}  # losses that are not convex in what they use
 
 
-def built(problem: Problem, backend: str = "auto") -> tuple[LinearOperator, str, list[str]]:
+def built(problem: Problem, backend: str = "auto") -> tuple[SymmetricOperator, str, list[str]]:
     """Assemble G as the optimizer does."""
     recording, parameters = recorded(problem), problem.parameters
     said: list[str] = []

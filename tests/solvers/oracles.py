@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hessfree.operators import LinearOperator
+from hessfree.operators import SymmetricOperator
 from hessfree.solvers import CG, Map, Solution
 
 SIZE = 40
@@ -20,7 +20,7 @@ SPECTRA = {
 EXACT = CG(max_iterations=2000, tolerance=1e-12)
 
 
-class DenseOperator(LinearOperator):
+class DenseOperator(SymmetricOperator):
     """A matrix that is there, with a count of its products and a hook on each of them."""
 
     def __init__(self, matrix: Tensor, change: Callable[[int, Tensor], Tensor] | None = None) -> None:
