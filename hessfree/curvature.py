@@ -69,6 +69,7 @@ class CurvatureBuilder:
         backend: str,
         curvature_batch: int | float | None,
         taps: tuple[type, ...],
+        compile: bool = False,
     ) -> None:
         """Take the settings.
 
@@ -78,13 +79,14 @@ class CurvatureBuilder:
             backend: Name of the linearisation.
             curvature_batch: Samples to use, see `check_curvature_batch`.
             taps: Types of modules whose inputs the preconditioner needs.
+            compile: Whether to hand traces to torch.compile.
         """
         self._owners = owners
         self._model = model
         self._backend = backend
         self._curvature_batch = curvature_batch
         self._taps = taps
-        self._traces = TraceCache()
+        self._traces = TraceCache(compile=compile)
         self._signature: Any = None
         self._reach: Any = None
         self._place: CutPlace | None = None

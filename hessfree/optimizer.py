@@ -70,6 +70,7 @@ class HessianFree(Optimizer):
         momentum: Momentum | None = None,
         curvature_batch: int | float | None = None,
         linearization: str = "auto",
+        compile: bool = False,
         seed: int = 0,
         max_step_norm: float | None = None,
         step_norm: StepNorm = "euclidean",
@@ -92,6 +93,9 @@ class HessianFree(Optimizer):
             curvature_batch: Samples of the batch that G is formed on: a number, a share of the batch (at least
                 256), or None for all.
             linearization: Back end of the products: "auto", "traced", "graph" or "functional".
+            compile: Hand the traced network and its products to torch.compile: seconds to a minute once a signature,
+                which pay on accelerators and where pointwise operations dominate. Where that fails, one warning
+                says why and the trace runs as it is.
             seed: For the preconditioner's random cotangents.
             max_step_norm: Shorten steps s longer than this; None does not.
             step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs), "preconditioner" is √(sᵀMs),
@@ -108,6 +112,7 @@ class HessianFree(Optimizer):
             momentum=momentum,
             curvature_batch=curvature_batch,
             linearization=linearization,
+            compile=compile,
             seed=seed,
             max_step_norm=max_step_norm,
             step_norm=step_norm,
@@ -278,7 +283,12 @@ class HessianFree(Optimizer):
         self._counter.watch(self._parameters.params)
         settings = self.settings
         self._builder = CurvatureBuilder(
-            self._owners, settings.model, settings.linearization, settings.curvature_batch, settings.taps
+            self._owners,
+            settings.model,
+            settings.linearization,
+            settings.curvature_batch,
+            settings.taps,
+            settings.compile,
         )
         return self._parameters
 

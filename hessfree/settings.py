@@ -11,7 +11,7 @@ from torch import nn
 from hessfree.curvature_batch import check_curvature_batch
 from hessfree.damping import DampingRule
 from hessfree.line_search import LineSearch
-from hessfree.linearization import check_backend
+from hessfree.linearization import check_backend, check_compile
 from hessfree.momentum import Momentum
 from hessfree.preconditioners import Preconditioner
 from hessfree.solvers import Solver
@@ -32,6 +32,7 @@ class Settings:
         momentum: Combines the direction with the previous step; None does not.
         curvature_batch: Samples of the batch that G is formed on; None for all.
         linearization: Back end of the products.
+        compile: Hand the traced products to torch.compile.
         seed: For the preconditioner's random cotangents.
         max_step_norm: Shorten steps s longer than this; None does not.
         step_norm: "euclidean": ‖s‖. "curvature": √(sᵀGs), in the units of the square root of the loss.
@@ -52,6 +53,7 @@ class Settings:
     max_step_norm: float | None = None
     step_norm: StepNorm = "euclidean"
     gradient_ema: float = 0.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -60,6 +62,7 @@ class Settings:
             ValueError: A number or a name is out of range.
         """
         check_backend(self.linearization)
+        check_compile(self.compile, self.linearization)
         check_curvature_batch(self.curvature_batch)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be an integer")

@@ -3,7 +3,7 @@
 from hessfree.linearization.base import Linearization, LinearizationError
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
-from hessfree.linearization.select import TRACING, build, call_model, check_backend, linearize, run_model
+from hessfree.linearization.select import TRACING, build, call_model, check_backend, check_compile, linearize, run_model
 from hessfree.linearization.selftest import find_fault
 from hessfree.linearization.traced import TraceCache, TracedLinearization
 
@@ -18,6 +18,7 @@ __all__ = [
     "build",
     "call_model",
     "check_backend",
+    "check_compile",
     "find_fault",
     "linearize",
     "run_model",

@@ -25,6 +25,16 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"linearization={backend!r} is no back end; choose one of {', '.join(map(repr, BACKENDS))}")
 
 
+def check_compile(compile: bool, backend: str) -> None:
+    """Raise a ValueError unless `compile` is a bool, and `backend` one whose products can be compiled."""
+    if not isinstance(compile, bool):
+        raise ValueError(f"{compile=} must be True or False")
+    if compile and backend not in TRACING:
+        raise ValueError(
+            f"compile=True compiles traces, and linearization={backend!r} makes none; choose 'auto' or 'traced'"
+        )
+
+
 def build(
     backend: str,
     outputs: Sequence[Output],

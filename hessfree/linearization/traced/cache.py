@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import warnings
 import weakref
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.capture import first_line
+from hessfree.linearization.traced.compiling import CompilationError
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.signature import signature
 from hessfree.linearization.traced.trace import Trace
@@ -28,13 +30,16 @@ class TraceCache:
         hits: How often a trace was there.
         misses: How often it had to be made, or failed.
         evictions: How many were thrown away.
+        compiles: Whether traces are handed to torch.compile; no longer after a first failure, of which one warning
+            tells.
     """
 
-    def __init__(self, capacity: int = 8) -> None:
+    def __init__(self, capacity: int = 8, compile: bool = False) -> None:
         """Start empty.
 
         Args:
             capacity: How many signatures to remember.
+            compile: Whether to hand traces to torch.compile.
 
         Raises:
             ValueError: It is less than one.
@@ -42,6 +47,7 @@ class TraceCache:
         if capacity < 1:
             raise ValueError(f"{capacity=} must be 1 or more")
         self.capacity = capacity
+        self.compiles = compile
         self.hits = self.misses = self.evictions = 0
         self._in_a_row: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._entries: collections.OrderedDict[Any, tuple[weakref.ref[nn.Module], Trace | str]] = (
@@ -54,7 +60,7 @@ class TraceCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as an empty cache: a trace belongs to one process and one module object."""
-        return TraceCache, (self.capacity,)
+        return TraceCache, (self.capacity, self.compiles)
 
     def get(self, network: Network, parameters: ParameterVector) -> Trace:
         """Return the trace of `network`, made now unless one of the same signature is there.
@@ -99,12 +105,25 @@ class TraceCache:
             trace = str(error)
         except Exception as error:  # tracing is semi-private, and there is always another back end
             trace = f"the network cannot be traced: {first_line(error)}"
+        if isinstance(trace, Trace) and self.compiles:
+            self._compile(trace, network, parameters)
         self._entries[key] = (weakref.ref(network.module), trace)
         self._entries.move_to_end(key)
         while len(self._entries) > self.capacity:
             self._entries.popitem(last=False)
             self.evictions += 1
         return trace
+
+    def _compile(self, trace: Trace, network: Network, parameters: ParameterVector) -> None:
+        try:
+            trace.compile(network, parameters)
+        except CompilationError as error:
+            self.compiles = False  # the next signature would fail alike, after as long
+            warnings.warn(
+                f"compile=True is not used: {error}. The traced operators run as they are, to the same result",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _valid(trace: Trace | str) -> bool:

@@ -1,4 +1,4 @@
-"""One linear part, ready to run: as the operators of its graph, or replayed into fixed buffers."""
+"""One linear part, ready to run: as the operators of its graph, replayed into fixed buffers, or compiled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from hessfree.linearization.selftest import close
 from hessfree.linearization.traced.cleaning import STRIDED
+from hessfree.linearization.traced.compiling import Function, compiled
 from hessfree.linearization.traced.cutting import LinearPart
 from hessfree.linearization.traced.nodes import A, is_view, shape
 from hessfree.linearization.traced.replay import Replay
@@ -28,6 +30,7 @@ class Program:
         """Take one part of a cut graph."""
         self._part = part
         self._forward = fx.GraphModule(nn.Module(), part.graph).forward
+        self._compiled: Function | None = None
         self._replay: Replay | None = None
         self.replays = _bytes(part.graph) <= LARGEST_REPLAY
         # None until it was tried; as_strided takes each row for a storage of its own, and copy has no batching rule
@@ -40,12 +43,33 @@ class Program:
 
     def __call__(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
         """Apply the map to a flat vector; the result is the caller's own."""
+        if self._compiled is not None:
+            return self._compiled(tangent, *arguments)
         replay = self.replay(tangent, arguments)
         if replay is None:
             return self._forward(tangent, *arguments)
         replay.input.copy_(tangent)
         replay.run(*arguments)
         return replay.output.clone()
+
+    def compiled(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Function:
+        """Return the map as torch.compile makes it, for `use`.
+
+        Args:
+            tangent: An example.
+            arguments: An example of the residuals that the map needs.
+
+        Returns:
+            A function of the two.
+
+        Raises:
+            CompilationError: It cannot be compiled.
+        """
+        return compiled(self._forward, (tangent, *arguments))
+
+    def use(self, function: Function) -> None:
+        """Run `function`, which `compiled` returned, from now on."""
+        self._compiled, self._replay, self.replays = function, None, False
 
     def replay(self, tangent: Tensor, arguments: tuple[Tensor, ...]) -> Replay | None:
         """Return the map in fixed buffers, compiled and checked at its first use with these examples.
@@ -70,7 +94,7 @@ class Program:
     def _agrees(self, replay: Replay, tangent: Tensor, arguments: tuple[Tensor, ...]) -> bool:
         replay.input.copy_(tangent)
         replay.run(*arguments)
-        return _close(replay.output, self._forward(tangent, *arguments))
+        return close(replay.output, self._forward(tangent, *arguments))
 
     def rows(self, tangents: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
         """Apply the map to each row of `tangents` `[K, ...]`, at once where that gives the same."""
@@ -82,16 +106,10 @@ class Program:
             else:
                 # torch has batching rules that are wrong (_cdist_backward): compare the last row once
                 if self._vectorises is None:
-                    self._vectorises = _close(found[-1], self._forward(tangents[-1], *arguments))
+                    self._vectorises = close(found[-1], self._forward(tangents[-1], *arguments))
                 if self._vectorises:
                     return found
         return torch.stack([self(t, arguments) for t in tangents])
-
-
-def _close(found: Tensor, truth: Tensor) -> bool:
-    if not bool(truth.isfinite().all()):
-        return True  # a network that diverged tells nothing
-    return bool((found - truth).norm() <= torch.finfo(truth.dtype).eps ** 0.75 * truth.norm())
 
 
 def _bytes(graph: fx.Graph) -> int:

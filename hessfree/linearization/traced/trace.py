@@ -16,6 +16,7 @@ from hessfree.linearization.traced.bindings import bind_directly
 from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
 from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import clean
+from hessfree.linearization.traced.compiling import compiled
 from hessfree.linearization.traced.cutting import Parts, cut, separate
 from hessfree.linearization.traced.draws import lay_out_draws
 from hessfree.linearization.traced.exponentials import speed_up_elu
@@ -72,6 +73,27 @@ class Trace:
         if not bool((traced - truth).norm() <= 8 * precision * truth.norm()):
             raise LinearizationError("the traced network gives other outputs than the network")
 
+    def compile(self, network: Network, parameters: ParameterVector) -> None:
+        """Hand the graphs to torch.compile: both maps, and the primal unless it draws random numbers.
+
+        Compiled code draws other random numbers than the network does.
+
+        Args:
+            network: A network of the same signature as the one traced.
+            parameters: The parameters, with their present values.
+
+        Raises:
+            CompilationError: One of them cannot be compiled; all run as they did.
+        """
+        z, residuals = self.evaluate(network, parameters)
+        with without_autocast(parameters.device):
+            jvp = self.jvp.compiled(parameters.values(), self.jvp.arguments(residuals))
+            vjp = self.vjp.compiled(z, self.vjp.arguments(residuals))
+            if not self.random:
+                self._primal = compiled(self._primal, self._arguments(network, parameters))
+        self.jvp.use(jvp)
+        self.vjp.use(vjp)
+
     def evaluate(self, network: Network, parameters: ParameterVector) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the network at the present parameters.
 
@@ -86,12 +108,14 @@ class Trace:
             LinearizationError: It failed, or random numbers are needed and their state is not known.
         """
         with torch.no_grad(), without_autocast(parameters.device), self._randomness(network, parameters.device):
-            params = [p.detach() for p in parameters.params]
             try:
-                values, residuals = self._primal(*params, *network.state, *network.inputs)
+                values, residuals = self._primal(*self._arguments(network, parameters))
             except RuntimeError as error:
                 raise LinearizationError(f"the traced network failed: {first_line(error)}") from error
             return self.space.flatten(values), residuals
+
+    def _arguments(self, network: Network, parameters: ParameterVector) -> list[Tensor]:
+        return [*(p.detach() for p in parameters.params), *network.state, *network.inputs]
 
     @contextlib.contextmanager
     def _randomness(self, network: Network, device: torch.device) -> Generator[None]:
