@@ -16,7 +16,7 @@ from hessfree.damping import ConstantDamping, LevenbergMarquardt
 from hessfree.line_search import Armijo, FullStep
 from hessfree.linearization import linearize
 from hessfree.momentum import QuadraticModelMomentum
-from hessfree.operators import GaussNewton, Hessian
+from hessfree.operators import GaussNewton, Hessian, JacobianGram, MonteCarloFisher
 from hessfree.optimizer import HessianFree
 from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, InputMoments, Jacobi, Nystrom, Woodbury
 from hessfree.recording import mark_outputs
@@ -40,7 +40,9 @@ __all__ = [
     "Identity",
     "InputMoments",
     "Jacobi",
+    "JacobianGram",
     "LevenbergMarquardt",
+    "MonteCarloFisher",
     "Nystrom",
     "QuadraticModelMomentum",
     "RootGradientNorm",

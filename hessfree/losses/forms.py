@@ -40,6 +40,10 @@ class Form(abc.ABC):
     def root(self, e: Tensor) -> Tensor:
         """Return B e for `e` `[Z]`."""
 
+    @abc.abstractmethod
+    def transposed_root(self, w: Tensor) -> Tensor:
+        """Return Bᵀ w for `w` `[Z]`."""
+
     def sample(self, generator: torch.Generator, like: FlatSpace) -> Tensor:
         """Draw u `[Z]` with E[u uᵀ] = H: B times random signs.
 
@@ -93,6 +97,10 @@ class DiagonalForm(Form):
     def root(self, e: Tensor) -> Tensor:
         """Return B e for `e` `[Z]`."""
         return self._root * e
+
+    def transposed_root(self, w: Tensor) -> Tensor:
+        """Return Bᵀ w for `w` `[Z]`, which is B w."""
+        return self._root * w
 
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield one vector for each output of a sample, zero elsewhere (see `Form.columns`).
@@ -155,6 +163,10 @@ class BlockForm(Form):
         """Return B e for `e` `[Z]`."""
         return self._apply(self._factor, e)
 
+    def transposed_root(self, w: Tensor) -> Tensor:
+        """Return Bᵀ w for `w` `[Z]`."""
+        return self._apply(self._factor.mT, w)
+
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield the columns of every block's root (see `Form.columns`).
 
@@ -199,6 +211,12 @@ class SoftmaxForm(Form):
     def root(self, e: Tensor) -> Tensor:
         """Return B e for `e` `[Z]`."""
         return self._layout.scatter(self._root(self._layout.gather(e)))
+
+    def transposed_root(self, w: Tensor) -> Tensor:
+        """Return Bᵀ w for `w` `[Z]`."""
+        w = self._layout.gather(w)
+        half = self._scale.clamp_min(0).sqrt() * self._p.sqrt()
+        return self._layout.scatter(half * (w - (self._p * w).sum(1, True)))
 
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield the columns of every block's root (see `Form.columns`).

@@ -2,7 +2,17 @@
 
 from hessfree.operators.base import LinearOperator, SymmetricOperator
 from hessfree.operators.deferred import Deferred
+from hessfree.operators.fisher import MonteCarloFisher
 from hessfree.operators.gauss_newton import GaussNewton
 from hessfree.operators.hessian import Hessian
+from hessfree.operators.jacobian_gram import JacobianGram
 
-__all__ = ["Deferred", "GaussNewton", "Hessian", "LinearOperator", "SymmetricOperator"]
+__all__ = [
+    "Deferred",
+    "GaussNewton",
+    "Hessian",
+    "JacobianGram",
+    "LinearOperator",
+    "MonteCarloFisher",
+    "SymmetricOperator",
+]

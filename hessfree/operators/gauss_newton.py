@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.linearization import Linearization, build, check_backend, run_model
-from hessfree.losses import OutputHessian
+from hessfree.losses import DiagonalForm, Form, OutputHessian
 from hessfree.operators.base import SymmetricOperator, trace_model
+from hessfree.operators.rows import unit_rows
 from hessfree.recording import Tail, find_cut, make_cut
-from hessfree.vectors import FlatSpace, ParameterVector
-
-CHUNK = 2**24  # numbers of J held at once while the dense matrix is formed
+from hessfree.vectors import ParameterVector
 
 
 class GaussNewton(SymmetricOperator):
@@ -30,6 +29,7 @@ class GaussNewton(SymmetricOperator):
         device: Device of its vectors.
         linearization: J.
         output_hessian: H; None stands for the identity (and G for JᵀJ).
+        parameters: The parameters.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class GaussNewton(SymmetricOperator):
         self.size, self.dtype, self.device = parameters.size, parameters.dtype, parameters.device
         self.linearization = linearization
         self.output_hessian = output_hessian
-        self._parameters = parameters
+        self.parameters = parameters
         self._direct = direct
 
     @classmethod
@@ -115,11 +115,11 @@ class GaussNewton(SymmetricOperator):
         if self._direct is None:
             return self.linearization.vjp(self.output_hessian.matvec(jv))
         if not self._direct.coupled:
-            _, direct = self._direct.product(None, self._parameters.split(v))
-            return self._parameters.flatten(direct).add_(self.linearization.vjp(self.output_hessian.matvec(jv)))
+            _, direct = self._direct.product(None, self.parameters.split(v))
+            return self.parameters.flatten(direct).add_(self.linearization.vjp(self.output_hessian.matvec(jv)))
         space = self.linearization.space
-        along_z, along_theta = self._direct.product(space.split(jv), self._parameters.split(v))
-        product = self._parameters.flatten(along_theta)
+        along_z, along_theta = self._direct.product(space.split(jv), self.parameters.split(v))
+        product = self.parameters.flatten(along_theta)
         return product.add_(self.linearization.vjp(space.flatten(along_z)))
 
     def quadratic_form(self, vectors: Tensor) -> Tensor:
@@ -165,25 +165,48 @@ class GaussNewton(SymmetricOperator):
             out.add_(rows.square_().sum(0))
         return out
 
+    def root_form(self, purpose: str) -> Form:
+        """Return H in a closed form that has a square root.
+
+        Args:
+            purpose: Who asks, for errors.
+
+        Returns:
+            The form; that of the identity where there is no loss.
+
+        Raises:
+            ValueError: H has no such form, or is indefinite; or G is more than JᵀHJ.
+        """
+        if self._direct is not None:
+            raise ValueError(
+                f"{purpose} is made of the network's outputs alone, but the loss uses parameters directly (a weight "
+                "penalty?); leave that part out of loss_fn, or use GaussNewton, which adds its exact Hessian"
+            )
+        if self.output_hessian is None:
+            return DiagonalForm(torch.ones((), dtype=self.dtype, device=self.device))
+        form = self.output_hessian.form
+        if form is None:
+            raise ValueError(
+                f"{purpose} needs a square root of the Hessian of the loss in the outputs, but that is neither "
+                "diagonal nor made of small blocks within samples nor a softmax's; use GaussNewton, which needs none"
+            )
+        if form.negative > 0:
+            raise ValueError(
+                f"{purpose} needs a square root of the Hessian of the loss in the outputs, but the negative ones make "
+                f"up {form.negative:.2%} of its eigenvalues' magnitudes; use GaussNewton, which keeps their sign"
+            )
+        return form
+
     def _root_rows(self) -> Iterator[Tensor]:
         """Yield rows of BᵀJ in chunks, where H = B Bᵀ: then G is their Gram matrix."""
         form = None if self.output_hessian is None else self.output_hessian.form
-        for units in self._unit_rows():
+        for units in unit_rows(self.linearization.space, self.size):
             roots = units if form is None else torch.stack([form.root(unit) for unit in units])
             yield self.linearization.vjps(roots)
 
     def _rows(self) -> Iterator[Tensor]:
-        for units in self._unit_rows():
+        for units in unit_rows(self.linearization.space, self.size):
             yield self.linearization.vjps(units)
-
-    def _unit_rows(self) -> Iterator[Tensor]:
-        space: FlatSpace = self.linearization.space
-        step = max(1, CHUNK // self.size)
-        for i in range(0, space.size, step):
-            count = min(step, space.size - i)
-            units = torch.zeros(count, space.size, dtype=space.dtype, device=space.device)
-            units[torch.arange(count), torch.arange(i, i + count)] = 1
-            yield units
 
 
 def _raise(message: str) -> None:

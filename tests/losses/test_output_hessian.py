@@ -149,6 +149,8 @@ def test_the_root_squares_to_the_clamped_hessian(name: str) -> None:
     root = torch.stack([hessian.form.root(e) for e in torch.eye(len(dense), dtype=torch.float64)], 1)
     # hence E[u uᵀ] = H for u = B times random signs
     assert float((root @ root.T - clamped(dense)).norm()) <= 1e-10 * float(dense.norm())
+    transposed = torch.stack([hessian.form.transposed_root(e) for e in torch.eye(len(dense), dtype=torch.float64)], 1)
+    assert error(transposed, root.T) <= 1e-14
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.words is not None])

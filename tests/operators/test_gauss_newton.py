@@ -129,7 +129,7 @@ def test_scaled() -> None:
 def test_a_model_computed_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make("weighted_cross_entropy")
     true = truth(problem).gauss_newton
-    monkeypatch.setattr("hessfree.operators.gauss_newton.CHUNK", 4 * len(true))
+    monkeypatch.setattr("hessfree.operators.rows.CHUNK", 4 * len(true))
     operator, _, _ = built(problem)
     assert error(operator.to_dense(), true) <= 1e-10
     assert error(operator.diagonal(), true.diagonal()) <= 1e-10
