@@ -29,6 +29,10 @@ def test_code_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert isinstance(names["configure_optimizers"](model), hessfree.HessianFree)
     if "last_step" in block:
         assert "step 3" in capsys.readouterr().out
+    if "eigsh" in block:
+        printed = [float(number) for number in capsys.readouterr().out.split()]
+        true = torch.linalg.eigvalsh(names["G"].to_dense()).flip(0)[:10]
+        assert torch.allclose(torch.tensor(printed), true, rtol=1e-4, atol=1e-6 * float(true[0]))
 
 
 def test_paths_exist() -> None:
