@@ -8,24 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfree.curvature_batch import Evaluation, leading_rows
-from hessfree.linearization import (
-    TRACING,
-    GraphLinearization,
-    Linearization,
-    LinearizationError,
-    TraceCache,
-    TracedLinearization,
-    build,
-    find_fault,
-)
+from hessfree.curvature_batch import leading_rows
+from hessfree.linearization import Evaluation, Linearization, TraceCache, choose
 from hessfree.losses import OutputHessian
 from hessfree.operators import GaussNewton, Hessian, SymmetricOperator
 from hessfree.preconditioners import Sample
 from hessfree.recording import (
     Cut,
     CutPlace,
-    Output,
     Owners,
     Path,
     Recording,
@@ -135,7 +125,7 @@ class CurvatureBuilder:
             return Sample(
                 parameters,
                 network.outputs,
-                network.calls,
+                network.roots,
                 hessian,
                 _gradients(cut, evaluation.rows),
                 max(evaluation.samples, 1),
@@ -151,8 +141,16 @@ class CurvatureBuilder:
     ) -> tuple[Evaluation, Linearization]:
         """Linearise on a part of the batch, or on all of it where the part meets another network."""
         while True:
-            evaluation = Evaluation(recording, cut, rows, parameters, self._owners, self.keeps_inputs)
-            found = linearize_evaluation(self._backend, evaluation, cut.outputs, parameters, self._traces, warn)
+            evaluation = Evaluation(
+                recording, cut.outputs, cut.calls, parameters, rows, self._owners, self.keeps_inputs
+            )
+            found = choose(
+                self._backend,
+                evaluation,
+                parameters,
+                self._traces,
+                lambda why: warn(f"{why}; the autograd graph is used instead"),
+            )
             if found is not None:
                 return evaluation, found
             warn(
@@ -184,55 +182,6 @@ class CurvatureBuilder:
         self._place = place if place.places else None
         self._signature, self._reach = signature, cut.tail.reach
         return cut
-
-
-def linearize_evaluation(
-    backend: str,
-    evaluation: Evaluation,
-    outputs: Sequence[Output],
-    parameters: ParameterVector,
-    traces: TraceCache,
-    warn: Callable[[str], None],
-) -> Linearization | None:
-    """Linearise with the back end asked for, or the next that serves the network and passes its test.
-
-    Args:
-        backend: Name of the back end.
-        evaluation: The network and its samples.
-        outputs: The recorded z.
-        parameters: The parameters.
-        traces: Where traces are kept.
-        warn: Told where a back end that was asked for, or that gave wrong numbers, is replaced.
-
-    Returns:
-        The linearisation; None where a part of the batch meets another network.
-    """
-    if backend in TRACING and evaluation.root is not None and all(o.intact for o in outputs):
-        try:
-            with evaluation.world():
-                traced = TracedLinearization(evaluation.root, outputs, parameters, traces, evaluation.arguments)
-        except LinearizationError as error:
-            if backend == "traced":
-                warn(f"linearization='traced' cannot be used: {error}; the autograd graph is used instead")
-        else:
-            agrees = evaluation.agrees(traced.space.views(traced.outputs))
-            if agrees and traced.trusted:
-                return traced
-            network = evaluation.network
-            if network is None:
-                return None
-            fault: str | None = "its outputs differ from the network's"
-            if agrees:
-                fault = find_fault(traced, GraphLinearization(network.outputs, parameters), parameters)
-            if fault is None:
-                traced.accept()
-                return traced
-            traced.reject(fault)
-            warn(f"the trace of {type(evaluation.root.module).__name__} is not used: {fault}; the autograd graph is")
-    network = evaluation.network
-    if network is None:
-        return None
-    return build(backend, network.outputs, network.sources, parameters, warn)
 
 
 def _gradients(cut: Cut, rows: int | None) -> tuple[Tensor | None, ...]:

@@ -1,37 +1,17 @@
-"""The network on the first few samples of the recorded batch, where curvature needs no more."""
+"""How many of the recorded samples the curvature is formed on."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from hessfree.recording import Call, CallTree, Cut, Output, Owners, RandomState, Recording, call_at
-from hessfree.vectors import ParameterVector
+from hessfree.linearization import batch_size, single_root
+from hessfree.recording import Cut, Recording
 
 SMALLEST_SHARE = 256  # a share of the batch never means fewer samples: below that curvature is noise
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Network:
-    """One evaluation of the network with its graph.
-
-    Attributes:
-        outputs: z of the evaluated samples.
-        calls: The outermost recorded calls, for taps.
-        sources: The calls that z came from; empty if z was marked.
-    """
-
-    outputs: tuple[Output, ...]
-    calls: tuple[Call, ...]
-    sources: tuple[Call, ...]
 
 
 def check_curvature_batch(size: int | float | None) -> None:
@@ -71,7 +51,7 @@ def leading_rows(recording: Recording, cut: Cut, size: int | float | None, warn:
     """
     if size is None:
         return None
-    count = batch_size(cut)
+    count = batch_size(cut.outputs)
     if count == 0:
         raise ValueError(
             f"curvature_batch={size!r} takes the first samples along dimension 0, but the outputs of the network have "
@@ -87,41 +67,13 @@ def leading_rows(recording: Recording, cut: Cut, size: int | float | None, warn:
     return None
 
 
-def batch_size(cut: Cut) -> int:
-    """Return N, the size of dimension 0 of every output; 0 where they share none."""
-    counts = {o.shape[0] if o.shape else 0 for o in cut.outputs}
-    return counts.pop() if len(counts) == 1 else 0
-
-
-def single_root(recording: Recording, cut: Cut) -> tuple[Call | None, str]:
-    """Return the one outermost call that all of z comes from, if its inputs do not depend on other computations.
-
-    Args:
-        recording: The closure's run.
-        cut: Its cut.
-
-    Returns:
-        The call, or None and the reason why there is none.
-    """
-    if not cut.calls:
-        return None, "mark_outputs marks tensors, and no module can be called again to compute them"
-    roots = {call.path[0] for call in cut.calls}
-    if len(roots) > 1:
-        return None, "the outputs come from several calls"
-    root = recording.roots[roots.pop()]
-    if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves((root.inputs, root.keywords))):
-        name = type(root.module).__name__
-        return None, f"the inputs of {name} depend on other computations that may hold parameters"
-    return root, ""
-
-
 def _not_sliceable(recording: Recording, cut: Cut) -> str | None:
-    root, reason = single_root(recording, cut)
+    root, reason = single_root(recording.roots, cut.calls)
     if root is None:
         return reason
     if cut.tail.has_direct and cut.tail.coupled:
         return "the loss couples the outputs with parameters that it uses directly"
-    count = batch_size(cut)
+    count = batch_size(cut.outputs)
     inputs = [t for t in tree_leaves((root.inputs, root.keywords)) if isinstance(t, Tensor)]
     if not any(t.ndim and t.shape[0] == count for t in inputs):
         raise ValueError(
@@ -130,108 +82,3 @@ def _not_sliceable(recording: Recording, cut: Cut) -> str | None:
             "curvature_batch=None"
         )
     return None
-
-
-class Evaluation:
-    """The network on the whole batch, or on its first rows; evaluated again only where that is needed.
-
-    The network on a part of the batch must be the same network, and so must any other way to evaluate it: `agrees`
-    compares outputs with the recorded ones.
-
-    Attributes:
-        rows: Samples in the part; None for the whole batch.
-        samples: Samples seen; 0 where the outputs share no batch dimension.
-        root: The one call to evaluate again, or None.
-        arguments: Its positional and keyword arguments, the tensors cut to the part.
-    """
-
-    def __init__(
-        self,
-        recording: Recording,
-        cut: Cut,
-        rows: int | None,
-        parameters: ParameterVector,
-        owners: Owners,
-        taps: Callable[[nn.Module], bool],
-    ) -> None:
-        """Describe the evaluation.
-
-        Args:
-            recording: The closure's run.
-            cut: Its cut.
-            rows: How many samples; None for all.
-            parameters: The parameters.
-            owners: Modules to record in a second run.
-            taps: Modules whose inputs to keep.
-        """
-        self._recording, self._cut, self._parameters = recording, cut, parameters
-        self._owners, self._taps = owners, taps
-        self.rows = rows
-        self.samples = batch_size(cut) if rows is None else rows
-        self.root, _ = single_root(recording, cut)
-        self.arguments: tuple[Any, Any] = ((), {})
-        if self.root is not None:
-            self.arguments = (self.root.inputs, self.root.keywords)
-            if rows is not None:
-                self.arguments = tree_map(self._leading, self.arguments)
-
-    @functools.cached_property
-    def network(self) -> Network | None:
-        """The network with its graph; None where a part of the batch meets another network."""
-        if self.rows is None:
-            return Network(self._cut.outputs, tuple(self._recording.roots), self._cut.calls)
-        assert self.root is not None
-        tree = CallTree(self._owners, self._parameters.device, self._taps, lambda _: True)
-        inputs, keywords = self.arguments
-        with self.world(), torch.enable_grad(), tree:
-            self.root.module(*inputs, **keywords)
-        again = tree.roots[0]
-        if again.signature() != self.root.signature():
-            return None
-        found = [(call_at([again], (0, *path[1:])), i) for path, i in self._cut.place.places if path is not None]
-        outputs = tuple(call.outputs[i] for call, i in found)
-        if not self.agrees([o.value for o in outputs]):
-            return None
-        return Network(outputs, (again,), tuple(dict.fromkeys(call for call, _ in found)))
-
-    def agrees(self, values: Sequence[Tensor | None]) -> bool:
-        """Tell whether `values`, one an output, are the recorded ones but for rounding.
-
-        Args:
-            values: From another evaluation of the same samples.
-
-        Returns:
-            Whether they agree to the square root of the precision (a part of the batch may be multiplied in another
-            order), relative to the largest.
-        """
-        for new, old in zip(values, self._cut.outputs, strict=True):
-            if new is None or old.value is None or not old.intact:
-                return False
-            known = old.value if self.rows is None else old.value[: self.rows]
-            if new.shape != known.shape:
-                return False
-            if not bool((new - known).abs().max() <= torch.finfo(old.dtype).eps ** 0.5 * known.abs().max()):
-                return False
-        return True
-
-    @contextlib.contextmanager
-    def world(self) -> Generator[None]:
-        """Put random numbers and buffers where they were before the recorded call, and back afterwards.
-
-        Yields:
-            Nothing.
-        """
-        before = self._recording.before.buffers
-        random, buffers = RandomState.capture(self._parameters.device), before.now()
-        try:
-            if self.root is not None and self.root.random is not None:
-                self.root.random.restore()
-            before.restore()
-            yield
-        finally:
-            buffers.restore()
-            random.restore()
-
-    def _leading(self, leaf: Any) -> Any:
-        count = batch_size(self._cut)
-        return leaf[: self.rows] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf

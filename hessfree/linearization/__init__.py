@@ -1,25 +1,30 @@
 """Back ends that multiply by the Jacobian of the network's outputs in its parameters."""
 
 from hessfree.linearization.base import Linearization, LinearizationError
+from hessfree.linearization.evaluation import Evaluation, batch_size, single_root
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
-from hessfree.linearization.select import TRACING, build, call_model, check_backend, check_compile, linearize, run_model
+from hessfree.linearization.models import call_model, linearize, linearize_recorded, run_model
+from hessfree.linearization.select import check_backend, check_compile, choose
 from hessfree.linearization.selftest import find_fault
 from hessfree.linearization.traced import TraceCache, TracedLinearization
 
 __all__ = [
-    "TRACING",
+    "Evaluation",
     "FunctionalLinearization",
     "GraphLinearization",
     "Linearization",
     "LinearizationError",
     "TraceCache",
     "TracedLinearization",
-    "build",
+    "batch_size",
     "call_model",
     "check_backend",
     "check_compile",
+    "choose",
     "find_fault",
     "linearize",
+    "linearize_recorded",
     "run_model",
+    "single_root",
 ]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from torch import nn
+from collections.abc import Callable
 
 from hessfree.linearization.base import Linearization, LinearizationError, in_words
+from hessfree.linearization.evaluation import Evaluation
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
 from hessfree.linearization.selftest import find_fault
-from hessfree.recording import Call, CallTree, Output, Owners, twice_differentiable
+from hessfree.linearization.traced import TraceCache, linearize_calls
 from hessfree.vectors import ParameterVector
 
 BACKENDS = ("auto", "traced", "graph", "functional")
-TRACING = ("auto", "traced")  # those that trace where a recorded call can be evaluated again
+TRACING = ("auto", "traced")  # those that trace where the recorded calls can be evaluated again
 
 
 def check_backend(backend: str) -> None:
@@ -35,30 +32,43 @@ def check_compile(compile: bool, backend: str) -> None:
         )
 
 
-def build(
+def choose(
     backend: str,
-    outputs: Sequence[Output],
-    calls: Sequence[Call],
+    evaluation: Evaluation,
     parameters: ParameterVector,
-    warn: Callable[[str], None],
-) -> Linearization:
-    """Linearise `outputs` with the back end asked for, or else with the autograd graph.
+    traces: TraceCache,
+    refuse: Callable[[str], None],
+) -> Linearization | None:
+    """Linearise with the back end asked for, or the next that serves the network and passes its test.
 
     Args:
-        backend: One of `BACKENDS`; "auto" is the best that serves every network.
-        outputs: The z.
-        calls: The calls that they came from.
+        backend: One of `BACKENDS`; "auto" is "traced", and the autograd graph where that cannot serve.
+        evaluation: The network and its samples.
         parameters: The parameters.
-        warn: Told why where the back end asked for cannot be used.
+        traces: Where traces are kept.
+        refuse: Told why, where a back end that was asked for, or that gave wrong numbers, is not used; unless it
+            raises, the autograd graph takes its place.
 
     Returns:
-        A linearisation that passed its test.
+        A linearisation that passed its test; None where a part of the batch meets another network.
     """
-    reference = GraphLinearization(outputs, parameters)
+    if backend in TRACING:
+        try:
+            traced = _traced(evaluation, parameters, traces, refuse)
+        except LinearizationError as error:
+            if backend == "traced":
+                refuse(f"linearization='traced' cannot be used: {error}")
+        else:
+            if traced is not None:
+                return traced
+    network = evaluation.network
+    if network is None:
+        return None
+    reference = GraphLinearization(network.outputs, parameters)
     if backend != "functional":
         return reference
     try:
-        candidate = FunctionalLinearization(calls, outputs, parameters)
+        candidate = FunctionalLinearization(network.calls, network.outputs, parameters)
         fault = find_fault(candidate, reference, parameters)
     except LinearizationError as error:
         fault = str(error)
@@ -66,62 +76,33 @@ def build(
         fault = f"its products fail ({in_words(error)})"
     if fault is None:
         return candidate
-    warn(f"linearization='functional' cannot be used: {fault}; the autograd graph is used instead")
+    refuse(f"linearization='functional' cannot be used: {fault}")
     return reference
 
 
-def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linearization:
-    """Linearise `model` at its present parameters.
-
-    Args:
-        model: A module with parameters that require grad; vectors `[P]` follow their order.
-        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        backend: "auto", "graph" or "functional".
-
-    Returns:
-        J by products: `.jvp(v)`, `.vjp(u)`, and the outputs z as `.outputs`.
-
-    Raises:
-        LinearizationError: `backend` cannot linearise the model, or is wrong about it.
-    """
-    check_backend(backend)
-    parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-    call = run_model(model, inputs, parameters)
-
-    def refuse(message: str) -> None:
-        raise LinearizationError(message)
-
-    return build(backend, call.outputs, [call], parameters, refuse)
-
-
-def run_model(model: nn.Module, inputs: Any, parameters: ParameterVector) -> Call:
-    """Call `model` once and record the call.
-
-    Args:
-        model: The module.
-        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        parameters: The parameters.
-
-    Returns:
-        The call.
-
-    Raises:
-        ValueError: Nothing that the model returned depends on the parameters.
-    """
-    tree = CallTree(Owners(parameters), parameters.device, lambda _: True, lambda _: True)
-    with torch.enable_grad(), twice_differentiable(), tree:
-        call_model(model, inputs)
-    call = tree.roots[0]
-    if not call.outputs:
-        raise ValueError(
-            f"no output of {type(model).__name__} is a real tensor that depends on its parameters; is everything "
-            "detached?"
+def _traced(
+    evaluation: Evaluation, parameters: ParameterVector, traces: TraceCache, refuse: Callable[[str], None]
+) -> Linearization | None:
+    """Return a trace whose outputs are the recorded ones and whose products were compared once; None if it is wrong."""
+    if not all(o.intact for o in evaluation.outputs):
+        raise LinearizationError("the outputs were written into after the network returned them")
+    with evaluation.world():
+        traced = linearize_calls(
+            evaluation.roots, evaluation.calls, evaluation.outputs, parameters, traces, evaluation.arguments
         )
-    return call
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call `model` on a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    agrees = evaluation.agrees(traced.space.views(traced.outputs))
+    if agrees and traced.trusted:
+        return traced
+    network = evaluation.network
+    if network is None or not evaluation.finite():
+        return None  # numbers that are not finite tell nothing of a trace
+    fault: str | None = "its outputs differ from the network's"
+    if agrees:
+        fault = find_fault(traced, GraphLinearization(network.outputs, parameters), parameters)
+    if fault is None:
+        traced.accept()
+        return traced
+    traced.reject(fault)
+    names = " + ".join(dict.fromkeys(type(evaluation.roots[c.path[0]].module).__name__ for c in evaluation.calls))
+    refuse(f"the trace of {names} is not used: {fault}")
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfree.linearization import Linearization, build, check_backend, run_model
+from hessfree.linearization import Linearization, check_backend, linearize, linearize_recorded
 from hessfree.losses import DiagonalForm, Form, OutputHessian
 from hessfree.operators.base import SymmetricOperator, trace_model
 from hessfree.operators.rows import unit_rows
@@ -60,15 +60,17 @@ class GaussNewton(SymmetricOperator):
         Args:
             model: A module with parameters that require grad; vectors follow their order.
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-            linearization: The back end: "auto", "graph" or "functional".
+            linearization: The back end: "auto", "traced", "graph" or "functional"; see `linearize`.
 
         Returns:
             The operator, a sum (not a mean) over samples and outputs.
+
+        Raises:
+            ValueError: There is no such back end, no parameter, or no output that depends on one.
+            LinearizationError: The back end was asked for by name and cannot be used.
         """
-        check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        call = run_model(model, inputs, parameters)
-        return cls(build(linearization, call.outputs, [call], parameters, _raise), None, parameters)
+        return cls(linearize(model, inputs, backend=linearization), None, parameters)
 
     @classmethod
     def from_loss(
@@ -87,7 +89,7 @@ class GaussNewton(SymmetricOperator):
             loss_fn: Takes what the model returned, and `targets`; returns a scalar.
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
             targets: Passed on to `loss_fn`.
-            linearization: The back end: "auto", "graph" or "functional".
+            linearization: The back end: "auto", "traced", "graph" or "functional"; see `linearize`.
 
         Returns:
             The operator, in the loss's own scale (a mean stays a mean). A model that computes its own loss, as
@@ -95,6 +97,7 @@ class GaussNewton(SymmetricOperator):
 
         Raises:
             ValueError: The loss is not a scalar, or has no second derivative in any output of a module.
+            LinearizationError: The back end was asked for by name and cannot be used.
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
@@ -103,7 +106,7 @@ class GaussNewton(SymmetricOperator):
         if not place.places:
             raise ValueError(f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
         cut = make_cut(traced, parameters, place)
-        network = build(linearization, cut.outputs, cut.calls, parameters, _raise)
+        network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters)
         hessian = OutputHessian(lambda w: cut.tail.product(w)[0], network.space, [o.value for o in cut.outputs])
         return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
@@ -207,7 +210,3 @@ class GaussNewton(SymmetricOperator):
     def _rows(self) -> Iterator[Tensor]:
         for units in unit_rows(self.linearization.space, self.size):
             yield self.linearization.vjps(units)
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)

@@ -40,6 +40,7 @@ class Recording(Trace):
             scalar with its graph.
         roots: The outermost calls of modules that own parameters.
         marks: What `mark_outputs` was given.
+        buffers: The buffers of the modules called, as they were before the closure ran.
         returned: What the closure returned.
         gradient: `[P]`, the gradient of `loss` alone: `p.grad` after the intercepted backward calls
             minus `p.grad` before them, whatever the closure did to `p.grad` later.
@@ -171,6 +172,7 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
                 loss=gradients.loss(),
                 roots=tree.roots,
                 marks=marks,
+                buffers=tree.buffers,
                 returned=returned,
                 gradient=gradients.recorded(),
                 accumulated=gradients.accumulated(),

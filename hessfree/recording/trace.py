@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from hessfree.recording.buffers import BufferStates
 from hessfree.recording.calls import Call, CallTree, Output, twice_differentiable
 
 _marking: list[list[Output]] = []
@@ -67,11 +68,13 @@ class Trace:
         loss: A scalar with its graph.
         roots: The outermost calls of modules that own parameters.
         marks: What `mark_outputs` was given.
+        buffers: The buffers of the modules called, as they were before.
     """
 
     loss: Tensor
     roots: list[Call]
     marks: list[Output]
+    buffers: BufferStates
 
     def signature(self) -> tuple[Any, ...]:
         """Return what stays the same as long as the loss calls the same modules in the same way."""
@@ -90,4 +93,4 @@ def trace_loss(function: Callable[[], Tensor], tree: CallTree) -> Trace:
     """
     with torch.enable_grad(), twice_differentiable(), collect_marks() as marks, tree:
         loss = function()
-    return Trace(loss, tree.roots, marks)
+    return Trace(loss, tree.roots, marks, tree.buffers)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessfree.linearization import FunctionalLinearization, GraphLinearization, LinearizationError, build, linearize
+from hessfree.linearization import (
+    Evaluation,
+    FunctionalLinearization,
+    Linearization,
+    LinearizationError,
+    TraceCache,
+    choose,
+    linearize,
+)
 from hessfree.recording import find_cut, make_cut
 from tests.architectures import randn
 from tests.networks import PROBLEMS, make
@@ -14,11 +22,14 @@ from tests.oracle import error, recorded, truth
 from tests.problem import Problem
 
 
-def asked_for_functional(problem: Problem) -> tuple[GraphLinearization | FunctionalLinearization, list[str]]:
+def asked_for_functional(problem: Problem) -> tuple[Linearization, list[str]]:
     recording, parameters = recorded(problem), problem.parameters
     cut = make_cut(recording, parameters, find_cut(recording, parameters))
     said: list[str] = []
-    return build("functional", cut.outputs, cut.calls, parameters, said.append), said
+    evaluation = Evaluation(recording, cut.outputs, cut.calls, parameters)
+    found = choose("functional", evaluation, parameters, TraceCache(), said.append)
+    assert found is not None
+    return found, said
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hessfree
-from hessfree.linearization import LinearizationError
+from hessfree import GaussNewton
+from hessfree.linearization import LinearizationError, TracedLinearization
+from hessfree.linearization.traced import traces_of
 from tests.architectures import mlp, randn
 from tests.networks import PROBLEMS, make
 from tests.oracle import error, truth
@@ -79,6 +84,71 @@ def test_errors(model: nn.Module, backend: str, error_type: type[Exception], mat
     inputs: Any = randn(2, 3, 2) if isinstance(getattr(model, "rnn", None), nn.LSTM) else randn(5, 3)
     with pytest.raises(error_type, match=match):
         hessfree.linearize(model, inputs, backend=backend)
+
+
+class Branching(nn.Module):
+    """Has another graph for other data, and hence no trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(3, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.sum() > 0 else -self.net(x)
+
+
+def test_traced_by_default_and_once_for_the_life_of_a_model() -> None:
+    model = mlp(3, 4, 2)
+    for step in range(3):
+        x = randn(5, 3, seed=step)
+        j = hessfree.linearize(model, x)
+        assert j.name == "traced"
+        assert GaussNewton.from_model(model, x).linearization.name == "traced"
+        assert GaussNewton.from_loss(model, F.mse_loss, x, randn(5, 2)).linearization.name == "traced"
+        other = hessfree.linearize(model, x, backend="graph")
+        v, u = randn(26, seed=3), randn(10, seed=4)
+        assert error(j.jvp(v), other.jvp(v)) <= 1e-13
+        assert error(j.vjp(u), other.vjp(u)) <= 1e-13
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+    assert (traces_of(model).misses, traces_of(model).hits) == (1, 8)
+    assert traces_of(mlp(3, 4, 2)).misses == 0
+    alive = weakref.ref(traces_of(model))
+    del model, j, other, p
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_trace_that_was_asked_for_and_cannot_be() -> None:
+    model, x = Branching(), randn(5, 3)
+    assert hessfree.linearize(model, x).name == "graph"
+    cure = "linearization='traced' cannot be used: .*get value out of a tracing tensor.*; use linearization='auto'"
+    for build in (
+        lambda: hessfree.linearize(model, x, backend="traced"),
+        lambda: GaussNewton.from_model(model, x, linearization="traced"),
+        lambda: GaussNewton.from_loss(model, F.mse_loss, x, randn(5, 2), linearization="traced"),
+    ):
+        with pytest.raises(LinearizationError, match=cure):
+            build()
+
+
+def test_a_wrong_trace_is_said_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TracedLinearization.jvp
+    monkeypatch.setattr(TracedLinearization, "jvp", lambda self, v: right(self, v) * (1 + 1e-6))
+    model, x, v = mlp(3, 4, 2), randn(5, 3), randn(26)
+    with pytest.warns(UserWarning, match="the trace of Sequential is not used: .*Jv differs.*graph is used instead"):
+        j = hessfree.linearize(model, x)
+    assert error(j.jvp(v), hessfree.linearize(model, x, backend="graph").jvp(v)) <= 1e-14
+    with pytest.raises(LinearizationError, match="Jv differs"):
+        hessfree.linearize(model, x, backend="traced")
+
+
+def test_numbers_that_are_not_finite_tell_nothing_of_a_trace() -> None:
+    model, x = mlp(3, 4, 2), randn(5, 3)
+    bad = x.clone()
+    bad[2, 1] = float("nan")
+    assert [hessfree.linearize(model, inputs).name for inputs in (bad, x, bad, x)] == ["graph", "traced"] * 2
 
 
 def test_detached_outputs_are_an_error() -> None:

@@ -8,9 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessfree.linearization import GraphLinearization, build, find_fault
-from hessfree.recording import Output
+from hessfree.linearization import (
+    Evaluation,
+    FunctionalLinearization,
+    GraphLinearization,
+    Linearization,
+    TraceCache,
+    TracedLinearization,
+    choose,
+    find_fault,
+)
+from hessfree.recording import Output, find_cut, make_cut
 from tests.networks import make
+from tests.oracle import recorded
 
 
 class Doctored:
@@ -76,20 +86,44 @@ def test_other_shapes_are_found() -> None:
     assert "shapes" in fault
 
 
-@pytest.mark.parametrize("where", ["__init__", "jvp"])
-def test_a_back_end_that_fails_is_replaced_with_one_warning(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hessfree.linearization import FunctionalLinearization
-    from hessfree.recording import find_cut, make_cut
-    from tests.oracle import recorded
-
-    def fail(*_: object) -> None:
-        raise TypeError("no such thing")
-
-    monkeypatch.setattr(FunctionalLinearization, where, fail)
+def chosen(backend: str) -> tuple[Linearization, list[str]]:
     problem = make("mean_squared_error")
     recording, parameters = recorded(problem), problem.parameters
     cut = make_cut(recording, parameters, find_cut(recording, parameters))
     said: list[str] = []
-    assert build("functional", cut.outputs, cut.calls, parameters, said.append).name == "graph"
+    evaluation = Evaluation(recording, cut.outputs, cut.calls, parameters)
+    found = choose(backend, evaluation, parameters, TraceCache(), said.append)
+    assert found is not None
+    return found, said
+
+
+def fail(*_: object) -> None:
+    raise TypeError("no such thing")
+
+
+@pytest.mark.parametrize("where", ["__init__", "jvp"])
+def test_a_back_end_that_fails_is_replaced_with_one_warning(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FunctionalLinearization, where, fail)
+    found, said = chosen("functional")
+    assert found.name == "graph"
     assert len(said) == 1
     assert "no such thing" in said[0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "traced"])
+def test_a_wrong_trace_is_replaced_with_one_warning(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right_product = TracedLinearization.vjp
+    monkeypatch.setattr(TracedLinearization, "vjp", lambda self, u: right_product(self, u) * (1 + 1e-6))
+    found, said = chosen(backend)
+    assert found.name == "graph"
+    assert said == ["the trace of Sequential is not used: its product Jᵀu differs from the autograd graph's"]
+
+
+@pytest.mark.parametrize(("backend", "messages"), [("auto", 0), ("traced", 1)])
+def test_a_network_that_cannot_be_traced(backend: str, messages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody asked for by name is replaced in silence."""
+    monkeypatch.setattr("hessfree.linearization.traced.cache.Trace", fail)
+    found, said = chosen(backend)
+    assert found.name == "graph"
+    assert len(said) == messages
+    assert all("linearization='traced' cannot be used" in why and "no such thing" in why for why in said)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hessfree import GaussNewton
 from hessfree.curvature import CurvatureBuilder
+from hessfree.linearization import LinearizationError
 from hessfree.operators import SymmetricOperator
 from hessfree.recording import Owners
 from tests.architectures import Variational, mlp, randn
@@ -196,7 +197,7 @@ def test_errors_of_from_loss() -> None:
         GaussNewton.from_loss(nn.Tanh(), F.mse_loss, x, y)
     with pytest.raises(ValueError, match="no parameter"):
         GaussNewton.from_model(nn.Tanh(), x)
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(LinearizationError, match="cannot be used: .*; use linearization='auto'"):
         GaussNewton.from_model(make("lstm").model, randn(2, 3, 2), linearization="functional")
 
 

@@ -14,7 +14,7 @@ from hessfree.linearization.traced.capture import first_line
 from hessfree.linearization.traced.compiling import CompilationError
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.signature import signature
-from hessfree.linearization.traced.trace import Trace
+from hessfree.linearization.traced.trace import NotFiniteError, Trace
 from hessfree.vectors import ParameterVector
 
 # a network whose signature is new at every call (texts of every length, a counter among its attributes) would
@@ -101,6 +101,8 @@ class TraceCache:
         trace: Trace | str
         try:
             trace = Trace(network, parameters)
+        except NotFiniteError:  # tells nothing of the network's next evaluation
+            raise
         except LinearizationError as error:
             trace = str(error)
         except Exception as error:  # tracing is semi-private, and there is always another back end
@@ -124,6 +126,18 @@ class TraceCache:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, TraceCache] = weakref.WeakKeyDictionary()
+
+
+def traces_of(model: nn.Module) -> TraceCache:
+    """Return the traces of `model` that live as long as it does.
+
+    An operator is often built again after an update, or on another batch, and then it traces nothing. (An optimizer
+    keeps traces of its own, whose life is its own.)
+    """
+    return _of_models.setdefault(model, TraceCache())
 
 
 def _valid(trace: Trace | str) -> bool:

@@ -231,6 +231,13 @@ def _find(root: Call, outputs: Sequence[Output]) -> tuple[Place, ...]:
     return tuple(places[id(output)] for output in outputs)
 
 
+def refuse_dependent_inputs(root: Call, parameters: ParameterVector) -> None:
+    """Raise a LinearizationError where an argument of the call `root` depends on parameters."""
+    for leaf in tree_leaves((root.inputs, root.keywords)):
+        if isinstance(leaf, Tensor):
+            _input(leaf, root, parameters)
+
+
 def _input(tensor: Tensor, root: Call, parameters: ParameterVector) -> Tensor:
     name = type(root.module).__name__
     if tensor.grad_fn is not None or tensor in parameters:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.cache import TraceCache
 from hessfree.linearization.traced.linearization import TracedLinearization
-from hessfree.linearization.traced.network import Arguments
+from hessfree.linearization.traced.network import Arguments, refuse_dependent_inputs
 from hessfree.recording import Call, Output
 from hessfree.vectors import FlatSpace, ParameterVector
 
@@ -94,6 +94,7 @@ class StackedLinearization:
 
 def linearize_calls(
     roots: Sequence[Call],
+    calls: Sequence[Call],
     outputs: Sequence[Output],
     parameters: ParameterVector,
     cache: TraceCache,
@@ -105,7 +106,8 @@ def linearize_calls(
 
     Args:
         roots: The outermost calls of a recording.
-        outputs: z: outputs of these calls, or of calls that they made.
+        calls: The calls that z came from, these or some that they made; empty if z was marked.
+        outputs: z.
         parameters: The parameters.
         cache: Where traces are kept.
         arguments: Positional and keyword arguments in place of the recorded ones, where the outputs came from one
@@ -117,9 +119,9 @@ def linearize_calls(
     Raises:
         LinearizationError: It cannot be traced; the message says why.
     """
-    owners = {id(output): root for root in roots for call in root.walk() for output in call.outputs}
-    if not outputs or any(id(output) not in owners for output in outputs):
+    if not calls:
         raise LinearizationError("the outputs were marked, and come from no module's call")
+    owners = {id(output): roots[call.path[0]] for call in calls for output in call.outputs}
     groups: list[tuple[Call, list[Output]]] = []
     for output in outputs:
         root = owners[id(output)]
@@ -130,4 +132,6 @@ def linearize_calls(
         return TracedLinearization(groups[0][0], outputs, parameters, cache, arguments)
     if arguments is not None:
         raise LinearizationError("the outputs come from several calls, of which no part can be taken")
+    for root, _ in groups:  # before the first of them is evaluated in vain
+        refuse_dependent_inputs(root, parameters)
     return StackedLinearization([TracedLinearization(root, part, parameters, cache) for root, part in groups])

@@ -31,6 +31,10 @@ from hessfree.vectors import FlatSpace, ParameterVector
 READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
+class NotFiniteError(LinearizationError):
+    """The network gave numbers that nothing can be compared with."""
+
+
 class Trace:
     """What tracing a network gave.
 
@@ -53,6 +57,7 @@ class Trace:
 
         Raises:
             LinearizationError: It cannot be traced, or its trace gives other outputs than it does.
+            NotFiniteError: Its outputs are no numbers to compare with.
         """
         self.trusted = False
         self.fault: str | None = None
@@ -69,6 +74,8 @@ class Trace:
         self.jvp, self.vjp = Program(parts.jvp), Program(parts.vjp)
         traced, _ = self.evaluate(network, parameters)
         truth = self.space.flatten(values)
+        if not bool(truth.isfinite().all()):
+            raise NotFiniteError("the outputs of the network are not finite")
         precision = max(torch.finfo(t.dtype).eps for t in values)
         if not bool((traced - truth).norm() <= 8 * precision * truth.norm()):
             raise LinearizationError("the traced network gives other outputs than the network")

@@ -24,7 +24,7 @@ REFUSED = {
 def linearized(problem: Problem, cache: TraceCache) -> TracedLinearization | StackedLinearization:
     recording, parameters = recorded(problem), problem.parameters
     cut = make_cut(recording, parameters, find_cut(recording, parameters))
-    return linearize_calls(recording.roots, cut.outputs, parameters, cache)
+    return linearize_calls(recording.roots, cut.calls, cut.outputs, parameters, cache)
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in REFUSED])

@@ -1,0 +1,185 @@
+"""The recorded network, to be evaluated once more: by a trace, or on the first few samples alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hessfree.recording import BufferStates, Call, CallTree, Output, Owners, RandomState, call_at
+from hessfree.vectors import ParameterVector
+
+
+class Recorded(Protocol):
+    """What is known of a run of the network.
+
+    Attributes:
+        roots: The outermost calls of modules that own parameters.
+        buffers: The buffers of all modules called, as they were before.
+    """
+
+    roots: list[Call]
+    buffers: BufferStates
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """One evaluation of the network with its graph.
+
+    Attributes:
+        outputs: z of the evaluated samples.
+        roots: The outermost recorded calls, for taps.
+        calls: The calls that z came from; empty if z was marked.
+    """
+
+    outputs: tuple[Output, ...]
+    roots: tuple[Call, ...]
+    calls: tuple[Call, ...]
+
+
+def batch_size(outputs: Sequence[Output]) -> int:
+    """Return N, the size of dimension 0 of every output; 0 where they share none."""
+    counts = {o.shape[0] if o.shape else 0 for o in outputs}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def single_root(roots: Sequence[Call], calls: Sequence[Call]) -> tuple[Call | None, str]:
+    """Return the one outermost call that all of z comes from, if its inputs do not depend on other computations.
+
+    Args:
+        roots: The outermost recorded calls.
+        calls: The calls that z came from; empty if z was marked.
+
+    Returns:
+        The call, or None and the reason why there is none.
+    """
+    if not calls:
+        return None, "mark_outputs marks tensors, and no module can be called again to compute them"
+    numbers = {call.path[0] for call in calls}
+    if len(numbers) > 1:
+        return None, "the outputs come from several calls"
+    root = roots[numbers.pop()]
+    if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves((root.inputs, root.keywords))):
+        name = type(root.module).__name__
+        return None, f"the inputs of {name} depend on other computations that may hold parameters"
+    return root, ""
+
+
+class Evaluation:
+    """The network on the whole batch, or on its first rows; evaluated again only where that is needed.
+
+    The network on a part of the batch must be the same network, and so must any other way to evaluate it: `agrees`
+    compares outputs with the recorded ones.
+
+    Attributes:
+        rows: Samples in the part; None for the whole batch.
+        samples: Samples seen; 0 where the outputs share no batch dimension.
+        roots: The outermost recorded calls.
+        outputs: The recorded z.
+        calls: The calls that z came from; empty if z was marked.
+        root: The outermost call that all of z comes from, if there is one and its inputs depend on nothing else.
+        arguments: Its positional and keyword arguments, the tensors cut to the part; None for the whole batch.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        outputs: Sequence[Output],
+        calls: Sequence[Call],
+        parameters: ParameterVector,
+        rows: int | None = None,
+        owners: Owners | None = None,
+        taps: Callable[[nn.Module], bool] = lambda _: False,
+    ) -> None:
+        """Describe the evaluation.
+
+        Args:
+            recorded: What was recorded of the run that z comes from.
+            outputs: z.
+            calls: The calls that z came from; empty if z was marked.
+            parameters: The parameters.
+            rows: How many samples, the first ones; None for all.
+            owners: Modules to record in a second run; None for all that own parameters.
+            taps: Those among them whose inputs to keep.
+        """
+        self.roots, self.outputs, self.calls = tuple(recorded.roots), tuple(outputs), tuple(calls)
+        self.rows = rows
+        self.samples = batch_size(outputs) if rows is None else rows
+        self.root, _ = single_root(self.roots, self.calls)
+        self.arguments: tuple[Any, Any] | None = None
+        if self.root is not None and rows is not None:
+            self.arguments = tree_map(self._leading, (self.root.inputs, self.root.keywords))
+        self._buffers, self._parameters = recorded.buffers, parameters
+        self._owners, self._taps = owners, taps
+
+    @functools.cached_property
+    def network(self) -> Network | None:
+        """The network with its graph; None where a part of the batch meets another network."""
+        if self.rows is None:
+            return Network(self.outputs, self.roots, self.calls)
+        assert self.root is not None and self.arguments is not None
+        owners = Owners(self._parameters) if self._owners is None else self._owners
+        tree = CallTree(owners, self._parameters.device, self._taps, lambda _: True)
+        inputs, keywords = self.arguments
+        with self.world(), torch.enable_grad(), tree:
+            self.root.module(*inputs, **keywords)
+        again = tree.roots[0]
+        if again.signature() != self.root.signature():
+            return None
+        places = {id(o): (call.path, i) for call in self.root.walk() for i, o in enumerate(call.outputs)}
+        found = [(call_at([again], (0, *path[1:])), i) for path, i in (places[id(o)] for o in self.outputs)]
+        outputs = tuple(call.outputs[i] for call, i in found)
+        if not self.agrees([o.value for o in outputs]):
+            return None
+        return Network(outputs, (again,), tuple(dict.fromkeys(call for call, _ in found)))
+
+    def agrees(self, values: Sequence[Tensor | None]) -> bool:
+        """Tell whether `values`, one an output, are the recorded ones but for rounding.
+
+        Args:
+            values: From another evaluation of the same samples.
+
+        Returns:
+            Whether they agree to the square root of the precision (a part of the batch may be multiplied in another
+            order), relative to the largest.
+        """
+        for new, old in zip(values, self.outputs, strict=True):
+            if new is None or old.value is None or not old.intact:
+                return False
+            known = old.value if self.rows is None else old.value[: self.rows]
+            if new.shape != known.shape:
+                return False
+            if not bool((new - known).abs().max() <= torch.finfo(old.dtype).eps ** 0.5 * known.abs().max()):
+                return False
+        return True
+
+    def finite(self) -> bool:
+        """Tell whether all recorded outputs are finite numbers."""
+        return all(o.value is not None and bool(o.value.isfinite().all()) for o in self.outputs)
+
+    @contextlib.contextmanager
+    def world(self) -> Generator[None]:
+        """Put random numbers and buffers where they were before the recorded call, and back afterwards.
+
+        Yields:
+            Nothing.
+        """
+        random, buffers = RandomState.capture(self._parameters.device), self._buffers.now()
+        try:
+            if self.root is not None and self.root.random is not None:
+                self.root.random.restore()
+            self._buffers.restore()
+            yield
+        finally:
+            buffers.restore()
+            random.restore()
+
+    def _leading(self, leaf: Any) -> Any:
+        count = batch_size(self.outputs)
+        return leaf[: self.rows] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf
