@@ -122,7 +122,7 @@ def test_a_wrong_trace_is_replaced_with_one_warning(backend: str, monkeypatch: p
 @pytest.mark.parametrize(("backend", "messages"), [("auto", 0), ("traced", 1)])
 def test_a_network_that_cannot_be_traced(backend: str, messages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody asked for by name is replaced in silence."""
-    monkeypatch.setattr("hessfree.linearization.traced.cache.Trace", fail)
+    monkeypatch.setattr("hessfree.linearization.traced.trace.capture", fail)
     found, said = chosen(backend)
     assert found.name == "graph"
     assert len(said) == messages
