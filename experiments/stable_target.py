@@ -23,12 +23,13 @@ from experiments.flow_matching import Batch
 
 BLOCK = 256  # rows that share their data points
 _LAST_TIME = 0.98  # later 1 / (1-t)² magnifies float32's rounding, and the path's own point has all the weight anyway
+_PAIRS = 2**18  # weights held at once: what fits in a processor's cache
 
 
 def stable_target(batch: Batch, block: int = BLOCK) -> Batch:
     """Replace the raw target by its mean over the data points of each block of rows.
 
-    Float32 suffices: up to t = 0.98 its rounding changes u by 3e-5 (8gaussians, root mean square), the noise that is
+    Float32 suffices: up to t = 0.98 its rounding changes u by 2e-5 (8gaussians, root mean square), the noise that is
     left is 0.4; float64 costs five times as much.
 
     Args:
@@ -43,11 +44,15 @@ def stable_target(batch: Batch, block: int = BLOCK) -> Batch:
     """
     if block < 1 or len(batch) % block:
         raise ValueError(f"block={block} does not divide a batch of {len(batch)} rows; give a divisor of it")
-    late = batch.t > _LAST_TIME
-    t = batch.t.clamp(max=_LAST_TIME).view(-1, block, 1)
-    x_t = batch.x_t.view(-1, block, batch.x_t.shape[1])
-    x1 = (batch.x_t + (1 - batch.t) * batch.u).view_as(x_t)
-    # |x_t - t x1|² without |x_t|², which is common to all points and cancels in the softmax.
-    squared = t * (t * x1.square().sum(-1).unsqueeze(1) - 2 * (x_t @ x1.mT))
-    mean = torch.softmax(-squared / (2 * (1 - t) ** 2), dim=-1) @ x1
-    return replace(batch, u=torch.where(late, batch.u, ((mean - x_t) / (1 - t)).view_as(batch.u)))
+    t = batch.t.clamp(max=_LAST_TIME)
+    x1 = batch.x_t + (1 - batch.t) * batch.u
+    # The exponent is an inner product of (x_t, t)'s and x1's features, but for |x_t|², which is common to all points
+    # and cancels in the softmax: one matrix product a block instead of passes over all its pairs.
+    odds = t / (1 - t)
+    ours = torch.cat([odds / (1 - t) * batch.x_t, -0.5 * odds.square()], 1).view(-1, block, x1.shape[1] + 1)
+    theirs = torch.cat([x1, x1.square().sum(1, keepdim=True)], 1).view_as(ours)
+    points = x1.view(-1, block, x1.shape[1])
+    group = max(1, _PAIRS // block**2)
+    groups = zip(ours.split(group), theirs.split(group), points.split(group), strict=True)
+    mean = torch.cat([torch.softmax(a @ b.mT, dim=-1) @ p for a, b, p in groups]).view_as(x1)
+    return replace(batch, u=torch.where(batch.t > _LAST_TIME, batch.u, (mean - batch.x_t) / (1 - t)))
