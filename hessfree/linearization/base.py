@@ -42,6 +42,10 @@ class Linearization(Protocol):
         """Return Jᵀ u `[P]` for `u` `[Z]`."""
         ...
 
+    def gauss_newton(self, v: Tensor, h: Tensor | float) -> Tensor:
+        """Return Jᵀ(h · J v) `[P]` for `v` `[P]` and a number or a diagonal `h` `[Z]`."""
+        ...
+
     def vjps(self, u: Tensor) -> Tensor:
         """Return Jᵀ applied to each row of `u` `[K, Z]`, as `[K, P]`."""
         ...

@@ -74,6 +74,10 @@ class FunctionalLinearization:
         """Return Jᵀ u `[P]` for `u` `[Z]`."""
         return self._parameters.flatten(self._vjp(tuple(self.space.split(u))))
 
+    def gauss_newton(self, v: Tensor, h: Tensor | float) -> Tensor:
+        """Return Jᵀ(h · J v) `[P]` for `v` `[P]` and a number or a diagonal `h` `[Z]`."""
+        return self.vjp(self.jvp(v) * h)
+
     def vjps(self, u: Tensor) -> Tensor:
         """Return Jᵀ applied to each row of `u` `[K, Z]`, as `[K, P]`."""
         rows = tuple(torch.stack(t) for t in zip(*(self.space.split(row) for row in u), strict=True))

@@ -70,6 +70,10 @@ class GraphLinearization:
         """Return Jᵀ u `[P]` for `u` `[Z]`."""
         return self._parameters.flatten(self._grad(self.space.split(u)))
 
+    def gauss_newton(self, v: Tensor, h: Tensor | float) -> Tensor:
+        """Return Jᵀ(h · J v) `[P]` for `v` `[P]` and a number or a diagonal `h` `[Z]`."""
+        return self.vjp(self.jvp(v) * h)
+
     def vjps(self, u: Tensor) -> Tensor:
         """Return Jᵀ applied to each row of `u` `[K, Z]`, as `[K, P]`.
 

@@ -14,7 +14,10 @@ from hessfree.vectors import FlatSpace
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
-LARGEST_BLOCK = 64  # C products form all blocks; beyond this a closed form is tried
+LARGEST_BLOCK = 64  # C products form all blocks
+# the random vector of probes repeats itself, for to draw one as long as the outputs takes as long as a product does;
+# a prime, since a loss that compared outputs at just this distance might be taken for one that does not
+PERIOD = 65521
 
 
 class OutputHessian:
@@ -66,43 +69,76 @@ class OutputHessian:
         return OutputHessian(product, FlatSpace(shapes, self.space.dtypes, self.space.device), values)
 
     @functools.cached_property
-    def form(self) -> Form | None:
-        """H in a closed form, or None where none was found.
+    def closed(self) -> Form | None:
+        """H in a closed form that multiplies as exactly as H itself and in fewer passes; None where none is known.
 
-        In order: zero, c·I, diagonal, blocks of at most 64 outputs a sample, softmax blocks of any size.
-        Each is accepted only if it reproduces the product with a random vector.
+        In order: zero or c·I, softmax blocks of any size, diagonal. It costs one product, and a diagonal one more.
+        Each is accepted only if it reproduces the product with a random vector to rounding.
         """
-        generator = torch.Generator().manual_seed(1)
-        w = torch.randn(self.space.size, generator=generator, dtype=torch.float32)
-        w = w.to(device=self.space.device, dtype=self.space.dtype)
-        y = self.matvec(w)
-        # rounding in the outputs' own precision is all that may separate the two
-        tolerance = 0.1 * max(torch.finfo(d).eps for d in self.space.dtypes) ** 0.5
-        bound = tolerance * y.abs().max()
-        for propose in (self._scalar, self._diagonal, self._blocks):
+        w, y = self._probe
+        eps = max(torch.finfo(d).eps for d in self.space.dtypes)
+        bound = min(32 * eps, 0.1 * eps**0.5) * y.norm()
+        for propose in (self._scalar, self._softmax, self._diagonal):
+            for form in propose(w, y):
+                if bool((form.matvec(w) - y).norm() <= bound):
+                    return form
+        return None
+
+    @functools.cached_property
+    def form(self) -> Form | None:
+        """H in a form that has a square root, or None where none was found.
+
+        The closed form, or else blocks of at most 64 outputs a sample, which take as many products. Accepted only if
+        it reproduces the product with a random vector; what separates the two may be as small as the noise of
+        sampling.
+        """
+        if self.closed is not None:
+            return self.closed
+        w, y = self._probe
+        bound = 0.1 * max(torch.finfo(d).eps for d in self.space.dtypes) ** 0.5 * y.abs().max()
+        for propose in (self._scalar, self._diagonal, self._blocks, self._softmax):
             for form in propose(w, y):
                 if bool((form.matvec(w) - y).abs().max() <= bound):
                     return form
         return None
 
+    @functools.cached_property
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        w = _random_vector().to(device=self.space.device, dtype=self.space.dtype)
+        w = w.repeat(-(-self.space.size // PERIOD))[: self.space.size]
+        return w, self.matvec(w)
+
     def _scalar(self, w: Tensor, y: Tensor) -> Iterator[Form]:
-        yield DiagonalForm((w @ y) / (w @ w))
+        if self.space.size:
+            yield DiagonalForm(y[0] / w[0])
 
     def _diagonal(self, w: Tensor, y: Tensor) -> Iterator[Form]:
         yield DiagonalForm(self.matvec(torch.ones_like(w)))
 
     def _blocks(self, w: Tensor, y: Tensor) -> Iterator[Form]:
         for layout in layouts(self.space):
-            if layout.width <= LARGEST_BLOCK:
-                columns = []
-                for k in range(layout.width):
-                    unit = y.new_zeros(layout.count, layout.width)
-                    unit[:, k] = 1
-                    columns.append(layout.gather(self.matvec(layout.scatter(unit))))
-                yield BlockForm(layout, torch.stack(columns, 2))
-            elif len(self._values) == 1 and self._values[0] is not None:
+            if layout.width > LARGEST_BLOCK:
+                continue
+            columns = []
+            for k in range(layout.width):
+                unit = y.new_zeros(layout.count, layout.width)
+                unit[:, k] = 1
+                columns.append(layout.gather(self.matvec(layout.scatter(unit))))
+            yield BlockForm(layout, torch.stack(columns, 2))
+
+    def _softmax(self, w: Tensor, y: Tensor) -> Iterator[Form]:
+        if len(self._values) != 1 or self._values[0] is None:
+            return
+        for layout in layouts(self.space):
+            if layout.width > 1:
                 p = layout.gather(self.space.flatten(self._values)).softmax(1)
                 shape = SoftmaxForm(layout, p, y.new_ones(layout.count, 1))
                 direction = layout.gather(shape.matvec(w))
                 scale = (direction * layout.gather(y)).sum(1, True) / direction.square().sum(1, True)
                 yield SoftmaxForm(layout, p, torch.nan_to_num(scale))
+
+
+@functools.cache
+def _random_vector() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(PERIOD, generator=generator, dtype=torch.float32)

@@ -55,7 +55,7 @@ CASES: dict[str, Case] = {
     ),
     "flat": Case(((7,),), one(lambda z: z.exp().mean()), "diagonal"),
     "cross-entropy": Case(
-        ((5, 4),), one(lambda z: F.cross_entropy(z, classes(5, high=4))), "blocks of 4", blocks=(5, 4)
+        ((5, 4),), one(lambda z: F.cross_entropy(z, classes(5, high=4))), "softmax over 4", blocks=(5, 4)
     ),
     "two classes, nearly certain": Case(
         ((3, 2),), one(lambda z: F.cross_entropy(z * 8, classes(3, high=2))), "blocks of 2", blocks=(3, 2)
@@ -63,10 +63,10 @@ CASES: dict[str, Case] = {
     "tokens": Case(
         ((2, 4, 5),),
         one(lambda z: F.cross_entropy(z.flatten(0, 1), TOKENS.flatten(), ignore_index=-100)),
-        "blocks of 5",
+        "softmax over 5",
         blocks=(8, 5),
     ),
-    "pixels": Case(((2, 3, 2, 4),), one(lambda z: F.cross_entropy(z, classes(2, 2, 4, high=3))), "blocks of 3"),
+    "pixels": Case(((2, 3, 2, 4),), one(lambda z: F.cross_entropy(z, classes(2, 2, 4, high=3))), "softmax over 3"),
     "hand-written": Case(
         ((5, 2),), one(lambda z: hand_written(z, randn(5, 2, seed=9))), "blocks of 2", negative=True, blocks=(5, 2)
     ),
@@ -196,8 +196,53 @@ def test_leading_samples(name: str, rows: int) -> None:
     assert error(leading.form.matvec(w), true @ w) <= 1e-12
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_closed_form_is_as_exact_as_the_product(name: str) -> None:
+    hessian, dense, case = case_of(name)
+    calls = counted(hessian)
+    words = None if hessian.closed is None else hessian.closed.words
+    assert words == (None if case.words is None or "blocks" in case.words else case.words)
+    assert calls == [1 if words is not None and words != "diagonal" else 2]
+    if hessian.closed is not None:
+        w = randn(len(dense), seed=40)
+        assert error(hessian.closed.matvec(w), dense @ w) <= 1e-14
+
+
+def counted(hessian: OutputHessian) -> list[int]:
+    """Count the products with the recorded loss."""
+    calls, product = [0], hessian._product
+
+    def count(w: list[Tensor]) -> Sequence[Tensor | None]:
+        calls[0] += 1
+        return product(w)
+
+    hessian._product = count
+    return calls
+
+
+def test_what_is_nearly_a_closed_form_is_none() -> None:
+    """A coupling of a millionth may be left out of a sample, but not out of a product."""
+    z = randn(40).requires_grad_() * 1
+    tail = Tail(z.square().sum() + 1e-6 * z[0] * z[1], Output.all_of(z), [])
+    space = FlatSpace([z.shape], [z.dtype], z.device)
+    hessian = OutputHessian(lambda w: tail.product(w)[0], space, [z.detach()])
+    assert hessian.closed is None
+    w = torch.eye(40, dtype=torch.float64)[1]
+    assert float(hessian.matvec(w)[0]) == 1e-6
+
+
+def test_outputs_longer_than_the_random_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessfree.losses.output_hessian.PERIOD", 7)
+    monkeypatch.setattr("hessfree.losses.output_hessian._random_vector", lambda: randn(7).float())
+    for name, words in (("mse", "scalar"), ("huber", "diagonal"), ("tokens", "softmax over 5")):
+        hessian, _, _ = case_of(name)
+        assert hessian.closed is not None
+        assert hessian.closed.words == words
+    assert case_of("coupled samples")[0].closed is None
+
+
 def test_float32_and_half_outputs_are_recognised() -> None:
-    for dtype, words in ((torch.float32, "blocks of 5"), (torch.bfloat16, "blocks of 5")):
+    for dtype, words in ((torch.float32, "softmax over 5"), (torch.bfloat16, "softmax over 5")):
         z = (randn(6, 5).to(dtype).requires_grad_() * 1)
         outputs = Output.all_of(z)
         tail = Tail(F.cross_entropy(z.float(), classes(6, high=5)), outputs, [])

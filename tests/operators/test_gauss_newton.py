@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfree import GaussNewton
@@ -96,6 +98,40 @@ def test_symmetric_and_for_a_convex_loss_positive(name: str) -> None:
         assert float(eigenvalues[0]) < 0
     else:
         assert float(eigenvalues[0]) >= -1e-12 * float(eigenvalues[-1])
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, int]] = {
+    "scalar": (F.mse_loss, randn(6, 3, seed=3), 1),
+    "softmax over 3": (F.cross_entropy, torch.tensor([0, 1, 2, -100, 1, 1]), 1),
+    "diagonal": (F.binary_cross_entropy_with_logits, randn(6, 3, seed=3).sigmoid(), 2),
+    "penalty": (lambda z, y: F.mse_loss(z, y) + PENALISED[0].weight.square().mean(), randn(6, 3, seed=3), 1),
+}
+PENALISED = mlp(3, 4, 3)
+
+
+@pytest.mark.parametrize("words", LOSSES)
+@pytest.mark.parametrize("backend", ["traced", "graph", "functional"])
+def test_the_loss_is_differentiated_once_an_operator_and_not_once_a_product(words: str, backend: str) -> None:
+    loss, y, probes = LOSSES[words]
+    operator = GaussNewton.from_loss(PENALISED, loss, randn(6, 3), y, linearization=backend)
+    hessian, j = operator.output_hessian, operator.linearization
+    vectors = [randn(operator.size, seed=i) for i in range(4)]
+    true = [j.vjp(hessian.matvec(j.jvp(v))) for v in vectors]
+    calls, product = [0], hessian._product
+
+    def count(w: list[Tensor]) -> Sequence[Tensor | None]:
+        calls[0] += 1
+        return product(w)
+
+    hessian._product = count
+    found = [operator @ v for v in vectors]
+    assert calls == [probes]
+    weight = torch.zeros(operator.size, dtype=torch.float64)
+    if words == "penalty":
+        weight[:12] = 2 / 12
+    else:
+        assert hessian.closed.words == words
+    assert max(error(a, b + weight * v) for a, b, v in zip(found, true, vectors, strict=True)) <= 1e-13
 
 
 def test_products_repeat_bit_for_bit() -> None:
