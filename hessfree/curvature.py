@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hessfree.curvature_batch import leading_rows
-from hessfree.linearization import Evaluation, Linearization, TraceCache, choose
+from hessfree.curvature_batch import chunks, leading_rows
+from hessfree.linearization import Evaluation, Linearization, TraceCache, choose, linearize_in_chunks
 from hessfree.losses import OutputHessian
 from hessfree.operators import GaussNewton, Hessian, SymmetricOperator
 from hessfree.preconditioners import Sample
@@ -59,6 +59,7 @@ class CurvatureBuilder:
         backend: str,
         curvature_batch: int | float | None,
         taps: tuple[type, ...],
+        microbatch: int | None = None,
         compile: bool = False,
     ) -> None:
         """Take the settings.
@@ -69,6 +70,7 @@ class CurvatureBuilder:
             backend: Name of the linearisation.
             curvature_batch: Samples to use, see `check_curvature_batch`.
             taps: Types of modules whose inputs the preconditioner needs.
+            microbatch: Samples that products take at a time; None for all.
             compile: Whether to hand traces to torch.compile.
         """
         self._owners = owners
@@ -76,6 +78,7 @@ class CurvatureBuilder:
         self._backend = backend
         self._curvature_batch = curvature_batch
         self._taps = taps
+        self._microbatch = microbatch
         self._traces = TraceCache(compile=compile)
         self._signature: Any = None
         self._reach: Any = None
@@ -127,7 +130,7 @@ class CurvatureBuilder:
                 network.outputs,
                 network.roots,
                 hessian,
-                _gradients(cut, evaluation.rows),
+                _gradients(cut, None if evaluation.rows is None else evaluation.samples),
                 max(evaluation.samples, 1),
                 seed,
                 scale,
@@ -140,18 +143,28 @@ class CurvatureBuilder:
         self, recording: Recording, cut: Cut, rows: int | None, parameters: ParameterVector, warn: Callable[[str], None]
     ) -> tuple[Evaluation, Linearization]:
         """Linearise on a part of the batch, or on all of it where the part meets another network."""
+
+        def evaluation_of(part: slice | None) -> Evaluation:
+            return Evaluation(recording, cut.outputs, cut.calls, parameters, part, self._owners, self.keeps_inputs)
+
+        def refuse(why: str) -> None:
+            warn(f"{why}; the autograd graph is used instead")
+
+        how = parameters, self._traces, refuse
         while True:
-            evaluation = Evaluation(
-                recording, cut.outputs, cut.calls, parameters, rows, self._owners, self.keeps_inputs
-            )
-            found = choose(
-                self._backend,
-                evaluation,
-                parameters,
-                self._traces,
-                lambda why: warn(f"{why}; the autograd graph is used instead"),
-            )
+            evaluation = evaluation_of(None if rows is None else slice(0, rows))
+            parts = chunks(recording, cut, rows, self._microbatch, warn)
+            if parts:
+                chunked = linearize_in_chunks(self._backend, parts, evaluation_of, *how)
+                if chunked is not None:
+                    return evaluation, chunked
+            found = choose(self._backend, evaluation, *how)
             if found is not None:
+                if parts:
+                    warn(
+                        f"microbatch={self._microbatch!r} cannot be used, and products take all samples at a time: the "
+                        "network gives other outputs on a part of the batch (dropout, or BatchNorm in train mode)"
+                    )
                 return evaluation, found
             warn(
                 f"curvature_batch={self._curvature_batch!r} cannot be used, and the whole batch is: the network gives "

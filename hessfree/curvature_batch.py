@@ -1,4 +1,4 @@
-"""How many of the recorded samples the curvature is formed on."""
+"""How many of the recorded samples the curvature is formed on, and how many at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hessfree.linearization import batch_size, single_root
+from hessfree.linearization import batch_size, chunks_of, single_root
 from hessfree.recording import Cut, Recording
 
 SMALLEST_SHARE = 256  # a share of the batch never means fewer samples: below that curvature is noise
@@ -51,34 +51,72 @@ def leading_rows(recording: Recording, cut: Cut, size: int | float | None, warn:
     """
     if size is None:
         return None
-    count = batch_size(cut.outputs)
-    if count == 0:
-        raise ValueError(
-            f"curvature_batch={size!r} takes the first samples along dimension 0, but the outputs of the network have "
-            f"shapes {[tuple(o.shape) for o in cut.outputs]}; use curvature_batch=None"
-        )
+    setting = f"curvature_batch={size!r}"
+    count = _batch_size(cut, setting)
     rows = min(count, size if isinstance(size, int) else max(SMALLEST_SHARE, math.ceil(size * count)))
     if rows == count:
         return None
-    reason = _not_sliceable(recording, cut)
+    reason = _indivisible(recording, cut, setting)
+    if reason is None and cut.tail.has_direct and cut.tail.coupled:
+        reason = "the loss couples the outputs with parameters that it uses directly"
     if reason is None:
         return rows
-    warn(f"curvature_batch={size!r} cannot be used, and the whole batch is: {reason}")
+    warn(f"{setting} cannot be used, and the whole batch is: {reason}")
     return None
 
 
-def _not_sliceable(recording: Recording, cut: Cut) -> str | None:
+def chunks(
+    recording: Recording, cut: Cut, rows: int | None, size: int | None, warn: Callable[[str], None]
+) -> list[slice]:
+    """Return the parts of the curvature batch that products are to be made of.
+
+    Args:
+        recording: The closure's run.
+        cut: Its cut.
+        rows: What `leading_rows` returned.
+        size: How many samples at a time; None for all.
+        warn: Told once why all samples are taken at a time where fewer were asked for.
+
+    Returns:
+        At least two parts; none where all samples are to be taken at a time.
+
+    Raises:
+        ValueError: Parts are asked for, and dimension 0 of outputs or inputs is no batch dimension.
+    """
+    if size is None:
+        return []
+    setting = f"microbatch={size!r}"
+    count = _batch_size(cut, setting) if rows is None else rows
+    if count <= size:
+        return []
+    reason = _indivisible(recording, cut, setting)
+    if reason is None:
+        return chunks_of(count, size)
+    warn(f"{setting} cannot be used, and products take all samples at a time: {reason}")
+    return []
+
+
+def _batch_size(cut: Cut, setting: str) -> int:
+    count = batch_size(cut.outputs)
+    if count == 0:
+        raise ValueError(
+            f"{setting} divides the batch along dimension 0, but the outputs of the network have shapes "
+            f"{[tuple(o.shape) for o in cut.outputs]}; use {setting.partition('=')[0]}=None"
+        )
+    return count
+
+
+def _indivisible(recording: Recording, cut: Cut, setting: str) -> str | None:
+    """Return why the network cannot be evaluated on a part of the batch, or None."""
     root, reason = single_root(recording.roots, cut.calls)
     if root is None:
         return reason
-    if cut.tail.has_direct and cut.tail.coupled:
-        return "the loss couples the outputs with parameters that it uses directly"
     count = batch_size(cut.outputs)
     inputs = [t for t in tree_leaves((root.inputs, root.keywords)) if isinstance(t, Tensor)]
     if not any(t.ndim and t.shape[0] == count for t in inputs):
         raise ValueError(
-            f"curvature_batch takes the first samples along dimension 0: the outputs have {count} there, but the "
-            f"inputs of {type(root.module).__name__} have shapes {[tuple(t.shape) for t in inputs]}; use "
-            "curvature_batch=None"
+            f"{setting} divides the batch along dimension 0: the outputs have {count} there, but the inputs of "
+            f"{type(root.module).__name__} have shapes {[tuple(t.shape) for t in inputs]}; use "
+            f"{setting.partition('=')[0]}=None"
         )
     return None

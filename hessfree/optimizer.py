@@ -70,6 +70,7 @@ class HessianFree(Optimizer):
         momentum: Momentum | None = None,
         curvature_batch: int | float | None = None,
         linearization: str = "auto",
+        microbatch: int | None = None,
         compile: bool = False,
         seed: int = 0,
         max_step_norm: float | None = None,
@@ -93,6 +94,8 @@ class HessianFree(Optimizer):
             curvature_batch: Samples of the batch that G is formed on: a number, a share of the batch (at least
                 256), or None for all.
             linearization: Back end of the products: "auto", "traced", "graph" or "functional".
+            microbatch: Make products of at most so many samples at a time, for memory: each then evaluates the network
+                once more. The closure's own forward, and what a preconditioner looks at, stay whole. None takes all.
             compile: Hand the traced network and its products to torch.compile: seconds to a minute once a signature,
                 which pay on accelerators and where pointwise operations dominate. Where that fails, one warning
                 says why and the trace runs as it is.
@@ -112,6 +115,7 @@ class HessianFree(Optimizer):
             momentum=momentum,
             curvature_batch=curvature_batch,
             linearization=linearization,
+            microbatch=microbatch,
             compile=compile,
             seed=seed,
             max_step_norm=max_step_norm,
@@ -288,6 +292,7 @@ class HessianFree(Optimizer):
             settings.linearization,
             settings.curvature_batch,
             settings.taps,
+            settings.microbatch,
             settings.compile,
         )
         return self._parameters

@@ -11,7 +11,7 @@ from torch import nn
 from hessfree.curvature_batch import check_curvature_batch
 from hessfree.damping import DampingRule
 from hessfree.line_search import LineSearch
-from hessfree.linearization import check_backend, check_compile
+from hessfree.linearization import check_backend, check_compile, check_microbatch
 from hessfree.momentum import Momentum
 from hessfree.preconditioners import Preconditioner
 from hessfree.solvers import Solver
@@ -32,6 +32,7 @@ class Settings:
         momentum: Combines the direction with the previous step; None does not.
         curvature_batch: Samples of the batch that G is formed on; None for all.
         linearization: Back end of the products.
+        microbatch: Samples that products take at a time; None for all.
         compile: Hand the traced products to torch.compile.
         seed: For the preconditioner's random cotangents.
         max_step_norm: Shorten steps s longer than this; None does not.
@@ -53,6 +54,7 @@ class Settings:
     max_step_norm: float | None = None
     step_norm: StepNorm = "euclidean"
     gradient_ema: float = 0.0
+    microbatch: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class Settings:
             ValueError: A number or a name is out of range.
         """
         check_backend(self.linearization)
+        check_microbatch(self.microbatch)
         check_compile(self.compile, self.linearization)
         check_curvature_batch(self.curvature_batch)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -69,6 +69,20 @@ class FlatSpace:
             return views
         return [v.to(dtype) for v, dtype in zip(views, self.dtypes, strict=True)]
 
+    def of_rows(self, rows: slice) -> FlatSpace:
+        """Return the space of some rows (indices along dimension 0) of every tensor."""
+        shapes = [torch.Size((rows.stop - rows.start, *shape[1:])) for shape in self.shapes]
+        return FlatSpace(shapes, self.dtypes, self.device)
+
+    def take_rows(self, vector: Tensor, rows: slice) -> Tensor:
+        """Return the numbers of `vector` `[size]` that belong to some rows, as a vector of `of_rows(rows)`."""
+        return torch.cat([view[rows].reshape(-1) for view in self.views(vector)])
+
+    def put_rows(self, vector: Tensor, rows: slice, part: Tensor) -> None:
+        """Write `part`, a vector of `of_rows(rows)`, into these rows of `vector` `[size]`."""
+        for view, piece in zip(self.views(vector), self.of_rows(rows).views(part), strict=True):
+            view[rows] = piece
+
 
 class ParameterVector(FlatSpace):
     """The flat space `[P]` of an ordered set of parameters.

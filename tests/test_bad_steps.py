@@ -46,6 +46,8 @@ def test_numbers_out_of_range(name: str, value: float) -> None:
         ({"curvature_batch": 1.5}, "curvature_batch=1.5"),
         ({"curvature_batch": math.nan}, "curvature_batch=nan"),
         ({"linearization": "jax"}, "linearization='jax'"),
+        ({"microbatch": 0}, "microbatch=0"),
+        ({"microbatch": 0.5}, "microbatch=0.5"),
         ({"compile": 1}, "compile=1"),
         ({"compile": True, "linearization": "graph"}, "compile=True compiles traces.*'graph'"),
         ({"seed": 0.5}, "seed=0.5"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hessfree.recording import BufferStates, Call, CallTree, Output, Owners, RandomState, call_at
+from hessfree.recording import BufferStates, Call, CallTree, Output, Owners, RandomState, call_at, twice_differentiable
 from hessfree.vectors import ParameterVector
 
 
@@ -43,6 +43,13 @@ class Network:
     calls: tuple[Call, ...]
 
 
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call from a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
 def batch_size(outputs: Sequence[Output]) -> int:
     """Return N, the size of dimension 0 of every output; 0 where they share none."""
     counts = {o.shape[0] if o.shape else 0 for o in outputs}
@@ -71,14 +78,30 @@ def single_root(roots: Sequence[Call], calls: Sequence[Call]) -> tuple[Call | No
     return root, ""
 
 
+def same_numbers(new: Tensor, known: Tensor, largest: Tensor) -> bool:
+    """Tell whether two evaluations of the same samples gave the same.
+
+    Args:
+        new: Of a part of the batch perhaps, which may be multiplied in another order.
+        known: As it was recorded.
+        largest: The largest absolute number for all samples, of which rounding takes its measure.
+
+    Returns:
+        Whether they agree to the square root of the precision, relative to `largest`.
+    """
+    if new.shape != known.shape:
+        return False
+    return bool((new - known).abs().max() <= torch.finfo(known.dtype).eps ** 0.5 * largest)
+
+
 class Evaluation:
-    """The network on the whole batch, or on its first rows; evaluated again only where that is needed.
+    """The network on the whole batch, or on some of its rows; evaluated again only where that is needed.
 
     The network on a part of the batch must be the same network, and so must any other way to evaluate it: `agrees`
     compares outputs with the recorded ones.
 
     Attributes:
-        rows: Samples in the part; None for the whole batch.
+        rows: Which samples; None for the whole batch.
         samples: Samples seen; 0 where the outputs share no batch dimension.
         roots: The outermost recorded calls.
         outputs: The recorded z.
@@ -93,7 +116,7 @@ class Evaluation:
         outputs: Sequence[Output],
         calls: Sequence[Call],
         parameters: ParameterVector,
-        rows: int | None = None,
+        rows: slice | None = None,
         owners: Owners | None = None,
         taps: Callable[[nn.Module], bool] = lambda _: False,
     ) -> None:
@@ -104,17 +127,17 @@ class Evaluation:
             outputs: z.
             calls: The calls that z came from; empty if z was marked.
             parameters: The parameters.
-            rows: How many samples, the first ones; None for all.
+            rows: Which samples (a start and a stop); None for all.
             owners: Modules to record in a second run; None for all that own parameters.
             taps: Those among them whose inputs to keep.
         """
         self.roots, self.outputs, self.calls = tuple(recorded.roots), tuple(outputs), tuple(calls)
         self.rows = rows
-        self.samples = batch_size(outputs) if rows is None else rows
+        self.samples = batch_size(outputs) if rows is None else rows.stop - rows.start
         self.root, _ = single_root(self.roots, self.calls)
         self.arguments: tuple[Any, Any] | None = None
         if self.root is not None and rows is not None:
-            self.arguments = tree_map(self._leading, (self.root.inputs, self.root.keywords))
+            self.arguments = tree_map(self._part, (self.root.inputs, self.root.keywords))
         self._buffers, self._parameters = recorded.buffers, parameters
         self._owners, self._taps = owners, taps
 
@@ -127,7 +150,7 @@ class Evaluation:
         owners = Owners(self._parameters) if self._owners is None else self._owners
         tree = CallTree(owners, self._parameters.device, self._taps, lambda _: True)
         inputs, keywords = self.arguments
-        with self.world(), torch.enable_grad(), tree:
+        with self.world(), torch.enable_grad(), twice_differentiable(), tree:
             self.root.module(*inputs, **keywords)
         again = tree.roots[0]
         if again.signature() != self.root.signature():
@@ -152,10 +175,8 @@ class Evaluation:
         for new, old in zip(values, self.outputs, strict=True):
             if new is None or old.value is None or not old.intact:
                 return False
-            known = old.value if self.rows is None else old.value[: self.rows]
-            if new.shape != known.shape:
-                return False
-            if not bool((new - known).abs().max() <= torch.finfo(old.dtype).eps ** 0.5 * known.abs().max()):
+            known = old.value if self.rows is None else old.value[self.rows]
+            if not same_numbers(new, known, old.largest):
                 return False
         return True
 
@@ -180,6 +201,6 @@ class Evaluation:
             buffers.restore()
             random.restore()
 
-    def _leading(self, leaf: Any) -> Any:
+    def _part(self, leaf: Any) -> Any:
         count = batch_size(self.outputs)
-        return leaf[: self.rows] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf
+        return leaf[self.rows] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from hessfree.linearization.base import Linearization, LinearizationError
-from hessfree.linearization.evaluation import Evaluation, Recorded
-from hessfree.linearization.select import check_backend, choose
+from hessfree.linearization.chunked import linearize_in_chunks
+from hessfree.linearization.evaluation import Evaluation, Recorded, arguments_of
+from hessfree.linearization.select import check_backend, check_compile, choose
 from hessfree.linearization.traced import traces_of
 from hessfree.recording import Call, CallTree, Output, Owners, twice_differentiable
 from hessfree.vectors import ParameterVector
 
 
-def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linearization:
+def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto", compile: bool = False) -> Linearization:
     """Linearise `model` at its present parameters.
 
     Args:
@@ -26,6 +27,8 @@ def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linear
         backend: "auto", "traced", "graph" or "functional"; "auto" is "traced" where the model can be traced, else
             "graph". A trace takes 0.1 to a few seconds, and serves later calls with inputs of the same shapes as long
             as the model lives.
+        compile: Hand the trace to torch.compile, which takes seconds to a minute; where that fails, one warning says
+            why and the trace runs as it is.
 
     Returns:
         J by products: `.jvp(v)`, `.vjp(u)`, and the outputs z as `.outputs`.
@@ -37,7 +40,7 @@ def linearize(model: nn.Module, inputs: Any, *, backend: str = "auto") -> Linear
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
     tree = run_model(model, inputs, parameters)
     call = tree.roots[0]
-    return linearize_recorded(backend, model, tree, call.outputs, [call], parameters)
+    return linearize_recorded(backend, model, tree, call.outputs, [call], parameters, compile=compile)
 
 
 def linearize_recorded(
@@ -47,6 +50,8 @@ def linearize_recorded(
     outputs: Sequence[Output],
     calls: Sequence[Call],
     parameters: ParameterVector,
+    chunks: Sequence[slice] = (),
+    compile: bool = False,
 ) -> Linearization:
     """Linearise outputs of a recorded run of `model`, with the traces that live as long as it.
 
@@ -57,6 +62,8 @@ def linearize_recorded(
         outputs: z.
         calls: The calls that z came from; empty if z was marked.
         parameters: The parameters.
+        chunks: The samples that products take at a time; empty for all.
+        compile: Whether to hand traces to torch.compile.
 
     Returns:
         The linearisation.
@@ -64,9 +71,21 @@ def linearize_recorded(
     Raises:
         LinearizationError: A back end was asked for by name and cannot be used.
     """
-    found = choose(
-        backend, Evaluation(recorded, outputs, calls, parameters), parameters, traces_of(model), _refusal(backend)
-    )
+    check_compile(compile, backend)
+
+    def evaluation_of(rows: slice | None) -> Evaluation:
+        return Evaluation(recorded, outputs, calls, parameters, rows)
+
+    how = parameters, traces_of(model, compile), _refusal(backend)
+    if chunks:
+        chunked = linearize_in_chunks(backend, chunks, evaluation_of, *how)
+        if chunked is None:
+            raise LinearizationError(
+                f"{type(model).__name__} gives other outputs when it is called again on the same samples; use "
+                "microbatch=None"
+            )
+        return chunked
+    found = choose(backend, evaluation_of(None), *how)
     assert found is not None  # only a part of the batch has none
     return found
 
@@ -107,6 +126,5 @@ def run_model(model: nn.Module, inputs: Any, parameters: ParameterVector) -> Cal
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call `model` on a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    positional, keywords = arguments_of(inputs)
+    return model(*positional, **keywords)

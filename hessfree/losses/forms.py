@@ -58,6 +58,18 @@ class Form(abc.ABC):
         return self.root(signs.to(like.dtype).mul_(2).sub_(1))
 
     @abc.abstractmethod
+    def within(self, whole: FlatSpace, rows: slice) -> Form:
+        """Return the rows and columns of H that belong to some of the samples.
+
+        Args:
+            whole: The flat space of the outputs; they share dimension 0, the samples.
+            rows: Which samples.
+
+        Returns:
+            A form on the outputs of these samples: every form couples outputs of one sample only.
+        """
+
+    @abc.abstractmethod
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield u_c `[Z]`, such that within each block Σ_c u_c u_cᵀ = H.
 
@@ -101,6 +113,10 @@ class DiagonalForm(Form):
     def transposed_root(self, w: Tensor) -> Tensor:
         """Return Bᵀ w for `w` `[Z]`, which is B w."""
         return self._root * w
+
+    def within(self, whole: FlatSpace, rows: slice) -> DiagonalForm:
+        """See `Form.within`."""
+        return DiagonalForm(whole.take_rows(self.h, rows) if self.h.ndim else self.h)
 
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield one vector for each output of a sample, zero elsewhere (see `Form.columns`).
@@ -167,6 +183,10 @@ class BlockForm(Form):
         """Return Bᵀ w for `w` `[Z]`."""
         return self._apply(self._factor.mT, w)
 
+    def within(self, whole: FlatSpace, rows: slice) -> BlockForm:
+        """See `Form.within`."""
+        return BlockForm(self._layout.within(whole.of_rows(rows)), self._blocks[_blocks_of(rows, whole, self._layout)])
+
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield the columns of every block's root (see `Form.columns`).
 
@@ -218,6 +238,11 @@ class SoftmaxForm(Form):
         half = self._scale.clamp_min(0).sqrt() * self._p.sqrt()
         return self._layout.scatter(half * (w - (self._p * w).sum(1, True)))
 
+    def within(self, whole: FlatSpace, rows: slice) -> SoftmaxForm:
+        """See `Form.within`."""
+        blocks = _blocks_of(rows, whole, self._layout)
+        return SoftmaxForm(self._layout.within(whole.of_rows(rows)), self._p[blocks], self._scale[blocks])
+
     def columns(self, like: FlatSpace) -> Iterator[Tensor]:
         """Yield the columns of every block's root (see `Form.columns`).
 
@@ -236,6 +261,12 @@ class SoftmaxForm(Form):
     def _root(self, e: Tensor) -> Tensor:
         half = self._p.sqrt()
         return self._scale.clamp_min(0).sqrt() * (half * e - self._p * (half * e).sum(1, True))
+
+
+def _blocks_of(rows: slice, whole: FlatSpace, layout: Layout) -> slice:
+    """Return which blocks of a layout belong to these samples: samples come first in the order of the blocks."""
+    each = layout.count // whole.shapes[0][0]
+    return slice(rows.start * each, rows.stop * each)
 
 
 def _negative_share(values: Tensor, width: int) -> float:

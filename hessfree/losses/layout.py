@@ -21,12 +21,18 @@ class Layout:
         width: Numbers a block.
         gather: `[Z]` -> `[count, width]`.
         scatter: `[count, width]` -> `[Z]`.
+        dim: The dimension of the outputs that a block runs along; 0 where a block is a whole sample.
     """
 
     count: int
     width: int
     gather: Callable[[Tensor], Tensor]
     scatter: Callable[[Tensor], Tensor]
+    dim: int
+
+    def within(self, part: FlatSpace) -> Layout:
+        """Return the same layout of `part`, the outputs of some of the samples."""
+        return next(layout for layout in layouts(part) if layout.dim == self.dim)
 
 
 def layouts(space: FlatSpace) -> Iterator[Layout]:
@@ -51,6 +57,7 @@ def layouts(space: FlatSpace) -> Iterator[Layout]:
                 width,
                 functools.partial(_move_last, shape=shape, dim=dim),
                 functools.partial(_move_back, shape=moved, dim=dim),
+                dim,
             )
     if len(space.shapes) == 1 and len(space.shapes[0]) == 2:
         return  # the last dimension is the whole sample
@@ -63,6 +70,7 @@ def layouts(space: FlatSpace) -> Iterator[Layout]:
             sum(widths),
             lambda flat: torch.cat([t.reshape(n, -1) for t in flat.split(space.numels)], 1),
             lambda blocks: torch.cat([t.reshape(-1) for t in blocks.split(widths, 1)]),
+            0,
         )
 
 

@@ -235,7 +235,12 @@ def trace_model(
     """
     tree = CallTree(Owners(parameters), parameters.device, lambda _: True, lambda _: True)
     traced = trace_loss(lambda: loss_fn(call_model(model, inputs), targets), tree)
-    loss = traced.loss
+    check_loss(traced.loss, model)
+    return traced
+
+
+def check_loss(loss: Any, model: nn.Module) -> None:
+    """Raise a ValueError unless `loss`, made of what `model` returned, is a scalar with a graph."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"loss_fn returned {found}, not a scalar tensor; reduce it first, for example loss.mean()")
@@ -244,4 +249,3 @@ def trace_model(
             f"the loss does not depend on the parameters through what {type(model).__name__} returned; pass it to "
             "loss_fn without detach()"
         )
-    return traced

@@ -61,6 +61,7 @@ class MonteCarloFisher(OuterProducts):
         samples: int = 1,
         seed: int = 0,
         linearization: str = "auto",
+        microbatch: int | None = None,
     ) -> MonteCarloFisher:
         """Return an estimate of the Gauss-Newton matrix of `loss_fn(model(inputs), targets)`.
 
@@ -72,6 +73,8 @@ class MonteCarloFisher(OuterProducts):
             samples: Draws for each sample. The variance falls as 1/samples, a product's cost does not rise.
             seed: Of the draws.
             linearization: The back end, as for `GaussNewton`.
+            microbatch: Samples that the network is evaluated on at a time, as for `GaussNewton`; a product then costs
+                two forward passes more.
 
         Returns:
             The operator, in the loss's own scale (a mean stays a mean).
@@ -81,7 +84,9 @@ class MonteCarloFisher(OuterProducts):
                 parameters directly; or `samples` is not a positive integer.
         """
         check_samples(samples)
-        exact = GaussNewton.from_loss(model, loss_fn, inputs, targets, linearization=linearization)
+        exact = GaussNewton.from_loss(
+            model, loss_fn, inputs, targets, linearization=linearization, microbatch=microbatch
+        )
         return cls._drawn(exact, samples, seed)
 
     @classmethod

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessfree.linearization import Linearization, check_backend, linearize, linearize_recorded
+from hessfree.linearization import ChunkedLinearization, Linearization, check_backend, linearize, linearize_recorded
 from hessfree.losses import DiagonalForm, Form, OutputHessian
 from hessfree.operators.base import SymmetricOperator, trace_model
+from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.rows import unit_rows
 from hessfree.recording import Tail, find_cut, make_cut
 from hessfree.vectors import ParameterVector
@@ -54,13 +55,16 @@ class GaussNewton(SymmetricOperator):
         self._direct = direct
 
     @classmethod
-    def from_model(cls, model: nn.Module, inputs: Any, *, linearization: str = "auto") -> GaussNewton:
+    def from_model(
+        cls, model: nn.Module, inputs: Any, *, linearization: str = "auto", compile: bool = False
+    ) -> GaussNewton:
         """Return the plain JᵀJ of `model` at its present parameters: the Fisher matrix of unit-variance outputs.
 
         Args:
             model: A module with parameters that require grad; vectors follow their order.
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
             linearization: The back end: "auto", "traced", "graph" or "functional"; see `linearize`.
+            compile: Hand the trace to torch.compile; see `linearize`.
 
         Returns:
             The operator, a sum (not a mean) over samples and outputs.
@@ -70,7 +74,7 @@ class GaussNewton(SymmetricOperator):
             LinearizationError: The back end was asked for by name and cannot be used.
         """
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        return cls(linearize(model, inputs, backend=linearization), None, parameters)
+        return cls(linearize(model, inputs, backend=linearization, compile=compile), None, parameters)
 
     @classmethod
     def from_loss(
@@ -81,6 +85,8 @@ class GaussNewton(SymmetricOperator):
         targets: Any,
         *,
         linearization: str = "auto",
+        microbatch: int | None = None,
+        compile: bool = False,
     ) -> GaussNewton:
         """Return the Gauss-Newton matrix of `loss_fn(model(inputs), targets)` at the present parameters.
 
@@ -90,23 +96,35 @@ class GaussNewton(SymmetricOperator):
             inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
             targets: Passed on to `loss_fn`.
             linearization: The back end: "auto", "traced", "graph" or "functional"; see `linearize`.
+            microbatch: Evaluate the network on at most so many samples at a time, so that memory is that of one chunk
+                and of all outputs. Each product then costs one forward pass more, or two where the Hessian in the
+                outputs is neither diagonal nor that of a softmax, and the parameters must stay what they are. None
+                evaluates it once.
+            compile: Hand the trace to torch.compile; see `linearize`.
 
         Returns:
             The operator, in the loss's own scale (a mean stays a mean). A model that computes its own loss, as
             `(logits, loss)` models do, is cut where the loss is no longer linear, as `HessianFree` cuts it.
 
         Raises:
-            ValueError: The loss is not a scalar, or has no second derivative in any output of a module.
-            LinearizationError: The back end was asked for by name and cannot be used.
+            ValueError: The loss is not a scalar, or has no second derivative in any output of a module; or the samples
+                cannot be divided along dimension 0.
+            LinearizationError: The back end was asked for by name and cannot be used; or the network mixes samples
+                (BatchNorm in train mode, dropout), and `microbatch` is given.
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        traced = trace_model(model, loss_fn, inputs, targets, parameters)
+        divided = None
+        if microbatch is not None:
+            divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
+        traced, parts = divided or (trace_model(model, loss_fn, inputs, targets, parameters), [])
         place = find_cut(traced, parameters)
         if not place.places:
             raise ValueError(f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
         cut = make_cut(traced, parameters, place)
-        network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters)
+        network = linearize_recorded(
+            linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile
+        )
         hessian = OutputHessian(lambda w: cut.tail.product(w)[0], network.space, [o.value for o in cut.outputs])
         return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
@@ -129,6 +147,8 @@ class GaussNewton(SymmetricOperator):
         form = self.output_hessian.closed
         if isinstance(form, DiagonalForm):
             return self.linearization.gauss_newton(v, form.h)
+        if form is not None and isinstance(self.linearization, ChunkedLinearization):
+            return self.linearization.gauss_newton_by_samples(v, form)
         multiply = self.output_hessian.matvec if form is None else form.matvec
         return self.linearization.vjp(multiply(self.linearization.jvp(v)))
 

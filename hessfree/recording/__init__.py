@@ -8,7 +8,7 @@ from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.random_state import RandomState
 from hessfree.recording.tail import Tail
-from hessfree.recording.trace import Trace, mark_outputs, trace_loss
+from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
 from hessfree.recording.world import World
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "call_at",
     "check_one_process",
     "check_reached",
+    "collect_marks",
     "explains_gradient",
     "find_cut",
     "make_cut",

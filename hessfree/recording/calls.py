@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import warnings
@@ -53,6 +54,12 @@ class Output:
     def intact(self) -> bool:
         """Whether the value is known, and is still what the call returned: nobody wrote into it in place."""
         return self.value is not None and self.value._version == self.version
+
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """The largest absolute number in the value, which is known and not empty."""
+        assert self.value is not None
+        return self.value.abs().max()
 
     @classmethod
     def all_of(cls, returned: Any, keep_value: bool = True) -> tuple[Output, ...]:

@@ -128,16 +128,24 @@ class TraceCache:
             )
 
 
-_of_models: weakref.WeakKeyDictionary[nn.Module, TraceCache] = weakref.WeakKeyDictionary()
+_of_models: weakref.WeakKeyDictionary[nn.Module, dict[bool, TraceCache]] = weakref.WeakKeyDictionary()
 
 
-def traces_of(model: nn.Module) -> TraceCache:
+def traces_of(model: nn.Module, compile: bool = False) -> TraceCache:
     """Return the traces of `model` that live as long as it does.
 
     An operator is often built again after an update, or on another batch, and then it traces nothing. (An optimizer
     keeps traces of its own, whose life is its own.)
+
+    Args:
+        model: The model.
+        compile: Whether those that are handed to torch.compile are wanted.
+
+    Returns:
+        The cache.
     """
-    return _of_models.setdefault(model, TraceCache())
+    caches = _of_models.setdefault(model, {})
+    return caches.setdefault(compile, TraceCache(compile=compile))
 
 
 def _valid(trace: Trace | str) -> bool:

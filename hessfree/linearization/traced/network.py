@@ -100,7 +100,7 @@ class Network:
         named = {f"module.{n}": params[i] for n, i in self.params.items()}
         named |= {f"module.{n}": clones[i] for n, i in self.constants.items()}
         with _attributes_kept(self.module):
-            return functional_call(_Scope(self.module), named, (run,))
+            return functional_call(_Scope(self.module), named, (run,), tie_weights=False)  # every name is there
 
     def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Call the module with other inputs, and stop as soon as every output is known.
@@ -127,9 +127,14 @@ class Network:
 
     def _list_state(self, parameters: ParameterVector) -> None:
         known: dict[int, int] = {}
-        # one walk, for this runs at every step; a module that stands twice has its tensors under both names
+        # a module that stands twice has its tensors under one name: given both, functional_call would swap them twice
+        # and leave plain tensors in the place of the parameters
+        seen: set[nn.Module] = set()
         for prefix, part in self.module.named_modules(remove_duplicate=False):
             self.parts.append(part)
+            if part in seen:
+                continue
+            seen.add(part)
             for name, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is None:
                     continue

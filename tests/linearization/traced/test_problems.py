@@ -30,6 +30,7 @@ def linearized(problem: Problem, cache: TraceCache) -> TracedLinearization | Sta
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in REFUSED])
 def test_right_at_three_steps(name: str) -> None:
     problem, cache = make(name), TraceCache()
+    own = [id(p) for p in problem.model.parameters()]
     for step in range(3):
         true = truth(problem)
         rows, columns = true.jacobian.shape
@@ -45,6 +46,7 @@ def test_right_at_three_steps(name: str) -> None:
             for p in problem.parameters.params:
                 p.add_(0.1 * randn(*p.shape, seed=step))
         torch.manual_seed(0)
+    assert [id(p) for p in problem.model.parameters()] == own
     calls = 2 if isinstance(j, StackedLinearization) else 1  # of one signature, hence of one trace
     assert (cache.misses, cache.hits) == (1, 3 * calls - 1)
 
