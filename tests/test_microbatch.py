@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_where_samples_are_mixed_products_take_all_at_a_time(layer: nn.Module) -
     reached = []
     for microbatch in (None, 10):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 8), layer, nn.Tanh(), nn.Linear(8, 2)).double()
+        model = nn.Sequential(nn.Linear(3, 8), copy.deepcopy(layer), nn.Tanh(), nn.Linear(8, 2)).double()
         x, y = regression(40)
         optimizer = HessianFree(
             model.parameters(), preconditioner=Identity(), solver=CG(max_iterations=5), microbatch=microbatch

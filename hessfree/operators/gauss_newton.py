@@ -119,6 +119,11 @@ class GaussNewton(SymmetricOperator):
             divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
         traced, parts = divided or (trace_model(model, loss_fn, inputs, targets, parameters), [])
         place = find_cut(traced, parameters)
+        if not place.places and parts:
+            raise ValueError(
+                f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
+                "network; return what the loss is curved in (logits), or use microbatch=None"
+            )
         if not place.places:
             raise ValueError(f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
         cut = make_cut(traced, parameters, place)

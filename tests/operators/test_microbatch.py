@@ -101,7 +101,7 @@ def test_the_mean_stays_that_of_all_samples() -> None:
 
     true = GaussNewton.from_loss(model, loss_fn, x, y, linearization="graph").to_dense()
     operator = GaussNewton.from_loss(model, loss_fn, x, y, microbatch=3)
-    assert operator.output_hessian.compact_form.words == "softmax over 3"
+    assert operator.output_hessian.closed.words == "softmax over 3"
     v = randn(operator.size)
     assert error(operator @ v, true @ v) <= 1e-12
     fisher = MonteCarloFisher.from_loss(model, loss_fn, x, y, samples=2, seed=3, microbatch=3)
@@ -130,6 +130,17 @@ def test_a_product_evaluates_the_network_once_where_the_hessian_is_by_samples(
             evaluated.clear()
             operator @ v
         assert evaluated == ([] if microbatch is None else [3, 3, 2] * passes)
+
+
+def test_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model, x, y = mlp(3, 40, 30).float(), torch.randn(600, 3), torch.randn(600, 30)
+    for loss_fn, targets in ((F.mse_loss, y), (F.cross_entropy, y.argmax(1)), (F.smooth_l1_loss, y)):
+        whole = GaussNewton.from_loss(model, loss_fn, x, targets)
+        parts = GaussNewton.from_loss(model, loss_fn, x, targets, microbatch=128)
+        assert parts.output_hessian.closed is not None
+        v = torch.randn(whole.size)
+        assert error(parts @ v, whole @ v) <= 1e-6
 
 
 def test_a_last_smaller_chunk_is_traced_once_for_all_operators() -> None:
@@ -172,7 +183,7 @@ def test_what_cannot_be_divided() -> None:
     model, x, y = mlp(3, 4, 2), randn(8, 3), randn(8, 2)
     for loss_fn, inputs, microbatch, match in (
         (F.mse_loss, x, 0, "microbatch=0"),
-        (F.l1_loss, x, 3, "linear in the outputs"),
+        (F.l1_loss, x, 3, "linear in what Sequential returned"),
         (lambda z, t: F.mse_loss(z, t) + model(x).square().mean(), x, 3, "loss_fn calls Sequential"),
         (lambda z, t: mark_outputs(z - t).square().mean(), x, 3, "loss_fn calls mark_outputs"),
         (lambda z, t: (z - t).square(), x, 3, "not a scalar"),
