@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessfree import HessianFree, Identity
 from hessfree.linearization import LinearizationError
 from hessfree.linearization.traced import TraceCache
 from tests.architectures import DOUBLE, mlp, randn
@@ -41,6 +42,18 @@ def test_a_last_smaller_batch_costs_one_trace() -> None:
         for rows in (5, 5, 2):
             assert disagreement(*both(model, randn(rows, 3), cache=cache)) <= 1e-12
     assert (cache.misses, cache.hits, cache.evictions) == (2, 7, 0)
+
+
+def test_an_epoch_of_the_optimizer_with_a_last_smaller_batch_traces_twice() -> None:
+    torch.manual_seed(0)
+    model = mlp(3, 4, 2)
+    optimizer = HessianFree(model.parameters(), preconditioner=Identity(), linearization="traced")
+    for _ in range(3):
+        for rows in (5, 5, 2):
+            x, y = randn(rows, 3), randn(rows, 2, seed=3)
+            optimizer.step(lambda x=x, y=y: nn.functional.mse_loss(model(x), y))
+    traces = optimizer._builder._traces
+    assert (traces.misses, traces.hits, traces.evictions) == (2, 7, 0)
 
 
 def test_the_least_recently_used_is_thrown_away() -> None:
