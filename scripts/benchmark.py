@@ -1,27 +1,39 @@
-"""Measure HessianFree against tuned rivals at equal seconds, or its own parts against each other.
+"""Measure HessianFree against tuned rivals at equal seconds, its own parts against each other, or its product G v.
 
 python scripts/benchmark.py optimizers
 python scripts/benchmark.py optimizers --tune --trials 4 --problems digits
 python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
 python scripts/benchmark.py ablation --problems 8gaussians-stable
+python scripts/benchmark.py products --models toy784 conv --out runs/mine
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from experiments.benchmark import suite
     from experiments.benchmark.ablation import PROBLEMS
-    from experiments.benchmark.job import COMMANDS, Job
+    from experiments.benchmark.job import Job, run_ablation, run_optimizers
+    from experiments.benchmark.products.implementations import IMPLEMENTATIONS
+    from experiments.benchmark.products.job import ProductsJob
+    from experiments.benchmark.products.job import run as run_products
+    from experiments.benchmark.products.workloads import NAMES
     from experiments.command_line import Parser
     from experiments.environment import UsageError
 except ModuleNotFoundError as error:
     print(f'benchmark.py: error: {error}; run in the clone: pip install -e ".[experiments]"', file=sys.stderr)
     sys.exit(2)
 
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "optimizers": (Job, run_optimizers),
+    "ablation": (Job, run_ablation),
+    "products": (ProductsJob, run_products),
+}
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     """Read the command line.
 
     Args:
@@ -31,13 +43,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
         The command, and what to do, not yet checked.
     """
     default = Job()
-    common = Parser(add_help=False)
-    common.add_argument("--quick", action="store_true", help="half a second a run: shows that all runs, and no more")
-    common.add_argument("--out", type=Path, metavar="DIR", help="where results go [runs/benchmark or runs/ablation]")
+    every = Parser(add_help=False)
+    every.add_argument("--quick", action="store_true", help="as little as shows that all runs, and no more")
+    every.add_argument("--out", type=Path, metavar="DIR", help="where results go [runs/COMMAND, or runs/benchmark]")
+    every.add_argument("--threads", type=int, default=default.threads, metavar="N", help="of torch [%(default)d]")
+    every.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
+    common = Parser(add_help=False, parents=[every])
     common.add_argument("--fresh", action="store_true", help="start over: leave out the results that --out holds")
     common.add_argument("--seeds", nargs="+", type=int, default=default.seeds, metavar="N", help="runs [0 1 2]")
-    common.add_argument("--threads", type=int, default=default.threads, metavar="N", help="of torch [%(default)d]")
-    common.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     common.add_argument("--budget-seconds", type=float, metavar="S", help="of each run, in place of the problem's")
     common.add_argument("--tuned", type=Path, metavar="FILE", help="settings found by --tune [the published ones]")
     common.add_argument(
@@ -65,8 +78,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Job]:
     ablation.add_argument(
         "--variations", dest="optimizers", nargs="+", metavar="NAME", help="of the table's first column [all]"
     )
+    products = commands.add_parser(
+        "products", parents=[every], allow_abbrev=False, help="the product G v against every library that has one"
+    )
+    products.add_argument("--models", nargs="+", metavar="NAME", help=f"{', '.join(NAMES)} [all]")
+    products.add_argument("--implementations", nargs="+", metavar="NAME", help=f"{'; '.join(IMPLEMENTATIONS)} [all]")
     words = vars(parser.parse_args(arguments))
-    return words.pop("command"), Job(**words)
+    command = words.pop("command")
+    return command, COMMANDS[command][0](**words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command, job = parse(arguments)
     try:
-        COMMANDS[command](job)
+        COMMANDS[command][1](job)
     except UsageError as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
-"""The two jobs of scripts/benchmark.py: checked, run, saved after every run, and shown."""
+"""The jobs `optimizers` and `ablation` of scripts/benchmark.py: checked, run, saved after every run, and shown."""
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,3 @@ def _finish(out: Path, rows: Sequence[Row], table: str) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-COMMANDS: dict[str, Callable[[Job], list[Row]]] = {"optimizers": run_optimizers, "ablation": run_ablation}
