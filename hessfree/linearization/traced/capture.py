@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.nodes import mutates
+from hessfree.linearization.traced.saved import SavedState, read_saved
 from hessfree.recording import RandomState, twice_differentiable
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
 class Joint:
-    """(parameters, state, inputs, v, u) -> (z, J v, Jᵀ u) from one evaluation of a network.
+    """(parameters, state, inputs, v, u) -> (z, saved, J v, Jᵀ u) from one evaluation of a network.
 
     Jᵀu is what autograd makes of the evaluation, and J v the derivative of u -> Jᵀu applied to v (the
     double backward trick): whatever autograd differentiates twice is served, and every random draw is one for
-    z, J and Jᵀ alike. Written out as operators, this J v is the one of forward mode.
+    z, J and Jᵀ alike. Written out as operators, this J v is the one of forward mode. The saved tensors are those
+    that autograd kept for Jᵀu, by their places in its graph.
+
+    Attributes:
+        structure: That of the autograd graph; None where no saved tensors are among the results.
+        literals: Places of saved tensors that are not among them: numbers in the code of the network.
     """
 
-    def __init__(self, network: Network, parameters: ParameterVector, space: FlatSpace) -> None:
-        """Take the network, its parameters and the flat space of its outputs."""
+    def __init__(
+        self, network: Network, parameters: ParameterVector, space: FlatSpace, structure: tuple[Any, ...] | None
+    ) -> None:
+        """Take the network, its parameters, the flat space of its outputs and the structure of its autograd graph."""
+        self.structure = structure
+        self.literals: list[int] = []
         self._network = network
         self._parameters = parameters
         self._space = space
@@ -44,10 +55,26 @@ class Joint:
 
         def differentiate() -> tuple[Tensor, ...]:
             z = self._network.outputs(inputs)
-            return *(t.detach() for t in z), *self._products(z, leaves, *tensors[-2:])
+            saved = self._saved(z, leaves)
+            return *(t.detach() for t in z), *saved, *self._products(z, leaves, *tensors[-2:])
 
         with torch.enable_grad():
             return self._network.within(leaves, state, differentiate)
+
+    def _saved(self, z: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if self.structure is None:
+            return ()
+        found = saved_state(z, leaves)
+        if found is None or found.structure != self.structure:
+            self.structure = None
+            return ()
+        results = []
+        for place, tensor in enumerate(found.tensors):
+            try:
+                results.append(tensor.detach())
+            except RuntimeError:  # tracing sees a Python number in it
+                self.literals.append(place)
+        return tuple(results)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         first, second, third = self._ends
@@ -67,6 +94,22 @@ class Joint:
                 [t for t, _ in reached], cotangents, [w for _, w in reached], allow_unused=True
             )
         return self._space.flatten(pushforward), self._parameters.flatten(pullback)
+
+
+def saved_state(z: Sequence[Tensor], leaves: Sequence[Tensor]) -> SavedState | None:
+    """Return what autograd saved for outputs that `Network.outputs` returned.
+
+    Args:
+        z: The outputs, each the clone of what a call returned.
+        leaves: The parameters.
+
+    Returns:
+        The state, or None.
+    """
+    if any(t.grad_fn is None for t in z):
+        return None
+    edges = [t.grad_fn.next_functions[0] for t in z if t.grad_fn is not None]
+    return read_saved(edges, {id(leaf): i for i, leaf in enumerate(leaves)})
 
 
 def capture(joint: Joint) -> fx.GraphModule:

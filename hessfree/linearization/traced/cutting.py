@@ -34,11 +34,17 @@ class Parts:
         primal: (parameters, state, inputs) -> (z, residuals), two tuples.
         jvp: (v, residuals) -> J v.
         vjp: (u, residuals) -> Jᵀ u.
+        kept: The residuals in the joint graph.
+        changing: Those of them that go on to change.
+        saved: What autograd saved, in the joint graph.
     """
 
     primal: fx.Graph
     jvp: LinearPart
     vjp: LinearPart
+    kept: tuple[fx.Node, ...]
+    changing: frozenset[fx.Node]
+    saved: tuple[fx.Node, ...]
 
 
 def separate(graph: fx.Graph) -> None:
@@ -68,13 +74,14 @@ def separate(graph: fx.Graph) -> None:
     remove_dead(graph)
 
 
-def cut(graph: fx.Graph, state: range) -> Parts:
+def cut(graph: fx.Graph, state: range, saved: int = 0) -> Parts:
     """Cut `graph` by dependence on v and on u.
 
     Args:
         graph: A clean joint graph; its last two placeholders are v and u, its last two results J v and Jᵀ u.
         state: Which placeholders are the module's buffers: what is kept of them for the products is copied, since
             they go on to change.
+        saved: How many of the results before these two are not z, but what autograd saved.
 
     Returns:
         The parts.
@@ -86,7 +93,8 @@ def cut(graph: fx.Graph, state: range) -> Parts:
     v, u = placeholders[-2:]
     on_v, on_u = dependents(graph, [v]), dependents(graph, [u])
     (output,) = (n for n in graph.nodes if n.op == "output")
-    *z, jv, jtu = tree_leaves(output.args[0])
+    *others, jv, jtu = tree_leaves(output.args[0])
+    z = others[: len(others) - saved]
     on_v, on_u = (on_v & _ancestors(jv)) | {v}, (on_u & _ancestors(jtu)) | {u}
     if on_v & on_u or any(n in on_v or n in on_u for n in z):
         raise LinearizationError("the products of the network cannot be told apart (is it linear in its cotangent?)")
@@ -98,10 +106,14 @@ def cut(graph: fx.Graph, state: range) -> Parts:
     copies: dict[fx.Node, fx.Node] = {}
     for node in _in_order([n for n in graph.nodes if n not in varying and n.op != "output"], z):
         copies[node] = primal.node_copy(node, copies.__getitem__)
-    changing = {placeholders[i] for i in state}
-    residuals = tuple(_kept(primal, n, copies[n], changing) for n in kept)
+    buffers = {placeholders[i] for i in state}
+    changing = frozenset(n for n in kept if _base(n) in buffers)
+    residuals = tuple(
+        like(primal.call_function(A.clone.default, (copies[n],)), n) if n in changing else copies[n] for n in kept
+    )
     primal.output((tuple(copies[n] for n in z), residuals))
-    return Parts(primal, jvp, vjp)
+    remove_dead(primal)
+    return Parts(primal, jvp, vjp, tuple(kept), changing, tuple(others[len(z) :]))
 
 
 def _linear_part(tangent: fx.Node, result: fx.Node, varying: set[fx.Node], kept: dict[fx.Node, int]) -> LinearPart:
@@ -152,10 +164,7 @@ def _in_order(nodes: Sequence[fx.Node], z: Sequence[fx.Node]) -> list[fx.Node]:
     return ordered
 
 
-def _kept(primal: fx.Graph, node: fx.Node, copy: fx.Node, changing: set[fx.Node]) -> fx.Node:
-    base = node
-    while (is_view(base) or base.target in {A.reshape.default, operator.getitem}) and base.all_input_nodes:
-        base = base.all_input_nodes[0]
-    if base not in changing:
-        return copy
-    return like(primal.call_function(A.clone.default, (copy,)), node)
+def _base(node: fx.Node) -> fx.Node:
+    while (is_view(node) or node.target in {A.reshape.default, operator.getitem}) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node

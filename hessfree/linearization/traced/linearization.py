@@ -25,9 +25,11 @@ class TracedLinearization:
         name: "traced".
         space: The flat space `[Z]` of the outputs.
         outputs: z, flat `[Z]`, without graph.
+        recorded: Whether these are the outputs of the recorded call itself, which ran no second time.
     """
 
     name = "traced"
+    recorded = False
 
     def __init__(
         self,
@@ -52,12 +54,29 @@ class TracedLinearization:
             LinearizationError: The network cannot be traced; the message says why.
         """
         network = Network(root, outputs, parameters, arguments)
+        whole = arguments is None or (arguments[0] is root.inputs and arguments[1] is root.keywords)
         self._trace = cache.get(network, parameters)
         self._device = parameters.device
         self.space = self._trace.space
-        self.outputs, residuals = self._trace.evaluate(network, parameters)
+        self.outputs, residuals = self._evaluate(network, outputs, parameters, whole)
         self._forward = self._trace.jvp.arguments(residuals)
         self._backward = self._trace.vjp.arguments(residuals)
+
+    def _evaluate(
+        self, network: Network, outputs: Sequence[Output], parameters: ParameterVector, whole: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return z and the residuals: what autograd saved of the recorded call where that can be had."""
+        trace = self._trace
+        readable = whole and all(o.intact for o in outputs)
+        if readable and trace.trusted:
+            saved = trace.saved_residuals(outputs, parameters)
+            if saved is not None:
+                self.recorded = True
+                return self.space.flatten([o.value for o in outputs]), saved
+        z, residuals = trace.evaluate(network, parameters)
+        if readable and not trace.trusted:
+            residuals = trace.saved_residuals(outputs, parameters, residuals) or residuals
+        return z, residuals
 
     @property
     def trusted(self) -> bool:

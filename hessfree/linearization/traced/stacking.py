@@ -36,6 +36,11 @@ class StackedLinearization:
         self.outputs = self._joined([part.outputs for part in parts])
 
     @property
+    def recorded(self) -> bool:
+        """Whether no part ran a second time: the outputs are those of the recorded calls."""
+        return all(part.recorded for part in self._parts)
+
+    @property
     def trusted(self) -> bool:
         """Whether the products of every part were accepted before."""
         return all(part.trusted for part in self._parts)

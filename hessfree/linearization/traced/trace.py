@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.bindings import bind_directly
-from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, without_autocast
+from hessfree.linearization.traced.capture import (
+    Joint,
+    capture,
+    first_line,
+    plain_world,
+    saved_state,
+    without_autocast,
+)
 from hessfree.linearization.traced.checks import check
-from hessfree.linearization.traced.cleaning import clean
+from hessfree.linearization.traced.cleaning import ALIASES, clean
 from hessfree.linearization.traced.compiling import compiled
 from hessfree.linearization.traced.cutting import Parts, cut, separate
 from hessfree.linearization.traced.draws import lay_out_draws
@@ -25,7 +34,9 @@ from hessfree.linearization.traced.fusing import fuse_additions
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.nodes import describe, is_random
 from hessfree.linearization.traced.program import Program
-from hessfree.recording import RandomState
+from hessfree.linearization.traced.saved import SavedState, read_saved
+from hessfree.linearization.traced.slots import Slots
+from hessfree.recording import Output, RandomState
 from hessfree.vectors import FlatSpace, ParameterVector
 
 READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
@@ -62,12 +73,16 @@ class Trace:
         self.trusted = False
         self.fault: str | None = None
         with plain_world(network, parameters.device), _quiet():
-            values = _evaluate(network, parameters)
+            values, saved = _evaluate(network, parameters)
             self.space = FlatSpace([t.shape for t in values], [t.dtype for t in values], values[0].device)
-            recorded = capture(Joint(network, parameters, self.space))
+            joint = Joint(network, parameters, self.space, None if saved is None else saved.structure)
+            recorded = capture(joint)
         self.constants = check(recorded, network)
         count = len(parameters.params)
-        parts = _cleaned(recorded.graph, range(count, count + len(network.state)))
+        parts = _cleaned(recorded.graph, range(count, count + len(network.state)), len(values))
+        self._slots: Slots | None = None
+        if saved is not None and joint.structure is not None:
+            self._slots = Slots.of(parts, joint.structure, {i: saved.tensors[i].clone() for i in joint.literals})
         self.random = any(is_random(n) for n in parts.primal.nodes)
         bind_directly(parts.primal)
         self._primal = fx.GraphModule(recorded, parts.primal).forward
@@ -124,6 +139,29 @@ class Trace:
     def _arguments(self, network: Network, parameters: ParameterVector) -> list[Tensor]:
         return [*(p.detach() for p in parameters.params), *network.state, *network.inputs]
 
+    def saved_residuals(
+        self, outputs: Sequence[Output], parameters: ParameterVector, truth: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...] | None:
+        """Take the residuals from what autograd saved when the network ran at the present parameters.
+
+        Args:
+            outputs: z, their graph alive.
+            parameters: The parameters.
+            truth: The residuals of `evaluate`, to compare with at the first use; None later.
+
+        Returns:
+            The residuals, some of which are saved tensors themselves; None where the network has to be run again.
+        """
+        if self._slots is None:
+            return None
+        edges = [(o.edge.node, o.edge.output_nr) for o in outputs]
+        state = read_saved(edges, {id(p): i for i, p in enumerate(parameters.params)})
+        found = None if state is None else self._slots.residuals(state)
+        if found is not None and truth is not None and not all(map(_agree, found, truth)):
+            self._slots = None
+            return None
+        return found
+
     @contextlib.contextmanager
     def _randomness(self, network: Network, device: torch.device) -> Generator[None]:
         if not self.random:
@@ -139,8 +177,15 @@ class Trace:
             now.restore()
 
 
-def _evaluate(network: Network, parameters: ParameterVector) -> list[Tensor]:
-    """Return z as the network itself gives it, and see that nothing but tensors decides on it."""
+def _evaluate(network: Network, parameters: ParameterVector) -> tuple[list[Tensor], SavedState | None]:
+    """Return z as the network itself gives it, and see that nothing but tensors decides on it.
+
+    Returns:
+        z, and what autograd saved: None where not all of that can be seen.
+
+    Raises:
+        LinearizationError: Something else decides on z.
+    """
     leaves = [p.detach().requires_grad_() for p in parameters.params]
     before = RandomState.capture(parameters.device)
     with torch.enable_grad(), _NothingReadOut():
@@ -148,7 +193,20 @@ def _evaluate(network: Network, parameters: ParameterVector) -> list[Tensor]:
     after = RandomState.capture(parameters.device)
     if before.python != after.python or str(before.numpy) != str(after.numpy):
         raise LinearizationError("the network draws random numbers from Python's or numpy's generator")
-    return [t.detach() for t in values]
+    with _NothingComputed():
+        saved = saved_state(values, leaves)
+    return [t.detach() for t in values], saved
+
+
+class _NothingComputed(TorchDispatchMode):
+    """Refuses saved tensors that are not there but computed when they are asked for, as in a checkpoint."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in ALIASES:
+            raise RuntimeError(f"{func} runs when a saved tensor is read")
+        return func(*args, **(kwargs or {}))
 
 
 class _NothingReadOut(TorchFunctionMode):
@@ -162,7 +220,7 @@ class _NothingReadOut(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _cleaned(graph: fx.Graph, state: range) -> Parts:
+def _cleaned(graph: fx.Graph, state: range, outputs: int) -> Parts:
     lay_out_draws(graph)
     describe(graph)
     separate(graph)
@@ -173,7 +231,17 @@ def _cleaned(graph: fx.Graph, state: range) -> Parts:
     fuse_additions(graph, tangents)
     speed_up_elu(graph)
     graph.lint()
-    return cut(graph, state)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return cut(graph, state, len(tree_leaves(output.args[0])) - outputs - 2)
+
+
+def _agree(found: Tensor, truth: Tensor) -> bool:
+    """Tell whether two residuals are the same but for the rounding of the operators that led to them."""
+    if found.shape != truth.shape or found.dtype != truth.dtype or found.device != truth.device:
+        return False
+    if not truth.is_floating_point():
+        return bool((found == truth).all())
+    return bool((found - truth).norm() <= torch.finfo(truth.dtype).eps ** 0.75 * truth.norm())
 
 
 @contextlib.contextmanager
