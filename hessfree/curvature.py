@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hessfree.curvature_batch import chunks, leading_rows
@@ -61,6 +62,7 @@ class CurvatureBuilder:
         taps: tuple[type, ...],
         microbatch: int | None = None,
         compile: bool = False,
+        keeps_autocast: bool = False,
     ) -> None:
         """Take the settings.
 
@@ -72,6 +74,7 @@ class CurvatureBuilder:
             taps: Types of modules whose inputs the preconditioner needs.
             microbatch: Samples that products take at a time; None for all.
             compile: Whether to hand traces to torch.compile.
+            keeps_autocast: Whether the products are in the precision of the closure's autocast.
         """
         self._owners = owners
         self._model = model
@@ -79,7 +82,8 @@ class CurvatureBuilder:
         self._curvature_batch = curvature_batch
         self._taps = taps
         self._microbatch = microbatch
-        self._traces = TraceCache(compile=compile)
+        self._traces = TraceCache(compile=compile, keeps_autocast=keeps_autocast)
+        self._keeps_autocast = keeps_autocast
         self._signature: Any = None
         self._reach: Any = None
         self._place: CutPlace | None = None
@@ -119,7 +123,10 @@ class CurvatureBuilder:
             return Curvature(Hessian(cut.tail, parameters), "graph", cut.place.words, 0, None)
         rows = leading_rows(recording, cut, self._curvature_batch, warn)
         evaluation, linearization = self._evaluate(recording, cut, rows, parameters, warn)
-        hessian = _output_hessian(cut, rows if evaluation.rows is not None else None)
+        part = None if evaluation.rows is None else evaluation.samples
+        hessian = _output_hessian(cut, part)
+        if hessian.space.dtypes != linearization.space.dtypes:
+            hessian = hessian.in_precision_of(linearization.space)
         operator = GaussNewton(linearization, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
         def sample() -> Sample:
@@ -130,7 +137,7 @@ class CurvatureBuilder:
                 network.outputs,
                 network.roots,
                 hessian,
-                _gradients(cut, None if evaluation.rows is None else evaluation.samples),
+                _gradients(cut, part, hessian.space.dtypes),
                 max(evaluation.samples, 1),
                 seed,
                 scale,
@@ -143,9 +150,12 @@ class CurvatureBuilder:
         self, recording: Recording, cut: Cut, rows: int | None, parameters: ParameterVector, warn: Callable[[str], None]
     ) -> tuple[Evaluation, Linearization]:
         """Linearise on a part of the batch, or on all of it where the part meets another network."""
+        precise = not self._keeps_autocast
 
         def evaluation_of(part: slice | None) -> Evaluation:
-            return Evaluation(recording, cut.outputs, cut.calls, parameters, part, self._owners, self.keeps_inputs)
+            return Evaluation(
+                recording, cut.outputs, cut.calls, parameters, part, self._owners, self.keeps_inputs, precise
+            )
 
         def refuse(why: str) -> None:
             warn(f"{why}; the autograd graph is used instead")
@@ -160,12 +170,20 @@ class CurvatureBuilder:
                     return evaluation, chunked
             found = choose(self._backend, evaluation, *how)
             if found is not None:
+                if not (self._keeps_autocast or evaluation.precise or found.name == "traced"):
+                    warn(
+                        "the products are in the precision of the closure's autocast: the network could not be "
+                        "evaluated again without it. Give curvature_precision='autocast' if that is meant"
+                    )
                 if parts:
                     warn(
                         f"microbatch={self._microbatch!r} cannot be used, and products take all samples at a time: the "
                         "network gives other outputs on a part of the batch (dropout, or BatchNorm in train mode)"
                     )
                 return evaluation, found
+            if rows is None:
+                precise = False
+                continue
             warn(
                 f"curvature_batch={self._curvature_batch!r} cannot be used, and the whole batch is: the network gives "
                 "other outputs on a part of the batch (dropout, or BatchNorm in train mode)"
@@ -197,11 +215,12 @@ class CurvatureBuilder:
         return cut
 
 
-def _gradients(cut: Cut, rows: int | None) -> tuple[Tensor | None, ...]:
+def _gradients(cut: Cut, rows: int | None, dtypes: Sequence[torch.dtype]) -> tuple[Tensor | None, ...]:
     """Return d ell/dz of the evaluated samples, scaled to a mean over them."""
+    found = [None if g is None else g.to(dtype) for g, dtype in zip(cut.tail.gradients, dtypes, strict=True)]
     if rows is None:
-        return tuple(cut.tail.gradients)
-    return tuple(None if g is None else g[:rows] * (g.shape[0] / rows) for g in cut.tail.gradients)
+        return tuple(found)
+    return tuple(None if g is None else g[:rows] * (g.shape[0] / rows) for g in found)
 
 
 def _output_hessian(cut: Cut, rows: int | None) -> OutputHessian:

@@ -28,6 +28,7 @@ from hessfree.recording import (
     Closure,
     Owners,
     Recording,
+    autocast_as,
     check_one_process,
     check_reached,
     record,
@@ -35,7 +36,7 @@ from hessfree.recording import (
     twice_differentiable,
 )
 from hessfree.report import StepReport
-from hessfree.settings import Settings, StepNorm
+from hessfree.settings import Precision, Settings, StepNorm
 from hessfree.solvers import CG, Solver
 from hessfree.vectors import ParameterVector
 
@@ -72,6 +73,7 @@ class HessianFree(Optimizer):
         linearization: str = "auto",
         microbatch: int | None = None,
         compile: bool = False,
+        curvature_precision: Precision = "parameters",
         seed: int = 0,
         max_step_norm: float | None = None,
         step_norm: StepNorm = "euclidean",
@@ -99,6 +101,8 @@ class HessianFree(Optimizer):
             compile: Hand the traced network and its products to torch.compile: seconds to a minute once a signature,
                 which pay on accelerators and where pointwise operations dominate. Where that fails, one warning
                 says why and the trace runs as it is.
+            curvature_precision: "parameters" forms G in their own precision, whatever autocast the closure uses;
+                "autocast" in that of autocast (see `Settings`).
             seed: For the preconditioner's random cotangents.
             max_step_norm: Shorten steps s longer than this; None does not.
             step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs), "preconditioner" is √(sᵀMs),
@@ -117,6 +121,7 @@ class HessianFree(Optimizer):
             linearization=linearization,
             microbatch=microbatch,
             compile=compile,
+            curvature_precision=curvature_precision,
             seed=seed,
             max_step_norm=max_step_norm,
             step_norm=step_norm,
@@ -216,7 +221,7 @@ class HessianFree(Optimizer):
             raise
         seconds = time.perf_counter() - started
         try:
-            with torch.no_grad(), twice_differentiable():
+            with torch.no_grad(), twice_differentiable(), autocast_as((), parameters.device):
                 outcome = attempt.run()
         except BaseException:
             attempt.restore()
@@ -294,6 +299,7 @@ class HessianFree(Optimizer):
             settings.taps,
             settings.microbatch,
             settings.compile,
+            settings.curvature_precision == "autocast",
         )
         return self._parameters
 

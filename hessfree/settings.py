@@ -16,6 +16,7 @@ from hessfree.momentum import Momentum
 from hessfree.preconditioners import Preconditioner
 from hessfree.solvers import Solver
 
+Precision = Literal["parameters", "autocast"]
 StepNorm = Literal["euclidean", "curvature", "preconditioner"]
 
 
@@ -34,6 +35,9 @@ class Settings:
         linearization: Back end of the products.
         microbatch: Samples that products take at a time; None for all.
         compile: Hand the traced products to torch.compile.
+        curvature_precision: "parameters": the products are in the parameters' own precision, whatever autocast the
+            closure uses. "autocast": they are in that of autocast, which saves time on hardware that is made for it;
+            G is then symmetric to a few percent only, which conjugate gradients feel.
         seed: For the preconditioner's random cotangents.
         max_step_norm: Shorten steps s longer than this; None does not.
         step_norm: "euclidean": ‖s‖. "curvature": √(sᵀGs), in the units of the square root of the loss.
@@ -56,6 +60,7 @@ class Settings:
     gradient_ema: float = 0.0
     microbatch: int | None = None
     compile: bool = False
+    curvature_precision: Precision = "parameters"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -73,6 +78,8 @@ class Settings:
             raise ValueError(f"max_step_norm={self.max_step_norm!r} must be positive and finite, or None")
         if self.step_norm not in get_args(StepNorm):
             raise ValueError(f"step_norm={self.step_norm!r} must be 'euclidean', 'curvature' or 'preconditioner'")
+        if self.curvature_precision not in get_args(Precision):
+            raise ValueError(f"curvature_precision={self.curvature_precision!r} must be 'parameters' or 'autocast'")
         if not 0 <= self.gradient_ema < 1:
             raise ValueError(
                 f"gradient_ema={self.gradient_ema!r} is the decay of a mean of gradients: choose 0 <= it < 1, "

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hessfree.recording import BufferStates, Call, CallTree, Output, Owners, RandomState, call_at, twice_differentiable
+from hessfree.recording import (
+    BufferStates,
+    Call,
+    CallTree,
+    Output,
+    Owners,
+    RandomState,
+    autocast_as,
+    call_at,
+    twice_differentiable,
+)
 from hessfree.vectors import ParameterVector
 
 
@@ -78,20 +88,23 @@ def single_root(roots: Sequence[Call], calls: Sequence[Call]) -> tuple[Call | No
     return root, ""
 
 
-def same_numbers(new: Tensor, known: Tensor, largest: Tensor) -> bool:
+def same_numbers(new: Tensor, known: Tensor, largest: Tensor, tolerance: float | None = None) -> bool:
     """Tell whether two evaluations of the same samples gave the same.
 
     Args:
         new: Of a part of the batch perhaps, which may be multiplied in another order.
         known: As it was recorded.
         largest: The largest absolute number for all samples, of which rounding takes its measure.
+        tolerance: How far they may differ, relative to `largest`; None for the square root of the precision.
 
     Returns:
-        Whether they agree to the square root of the precision, relative to `largest`.
+        Whether they agree.
     """
     if new.shape != known.shape:
         return False
-    return bool((new - known).abs().max() <= torch.finfo(known.dtype).eps ** 0.5 * largest)
+    if tolerance is None:
+        tolerance = torch.finfo(known.dtype).eps ** 0.5
+    return bool((new - known).abs().max() <= tolerance * largest)
 
 
 class Evaluation:
@@ -108,6 +121,7 @@ class Evaluation:
         calls: The calls that z came from; empty if z was marked.
         root: The outermost call that all of z comes from, if there is one and its inputs depend on nothing else.
         arguments: Its positional and keyword arguments, the tensors cut to the part; None for the whole batch.
+        precise: Whether `network` is in the parameters' own precision: under no autocast.
     """
 
     def __init__(
@@ -119,6 +133,7 @@ class Evaluation:
         rows: slice | None = None,
         owners: Owners | None = None,
         taps: Callable[[nn.Module], bool] = lambda _: False,
+        precise: bool = True,
     ) -> None:
         """Describe the evaluation.
 
@@ -130,6 +145,7 @@ class Evaluation:
             rows: Which samples (a start and a stop); None for all.
             owners: Modules to record in a second run; None for all that own parameters.
             taps: Those among them whose inputs to keep.
+            precise: Whether to evaluate again, without autocast, what was called under it.
         """
         self.roots, self.outputs, self.calls = tuple(recorded.roots), tuple(outputs), tuple(calls)
         self.rows = rows
@@ -138,19 +154,24 @@ class Evaluation:
         self.arguments: tuple[Any, Any] | None = None
         if self.root is not None and rows is not None:
             self.arguments = tree_map(self._part, (self.root.inputs, self.root.keywords))
+        called = () if self.root is None else self.root.autocast
+        self._autocast = () if precise else called
+        self._again = rows is not None or called != self._autocast
+        self.precise = not any(r.autocast for r in self.roots) or (self._again and not self._autocast)
         self._buffers, self._parameters = recorded.buffers, parameters
         self._owners, self._taps = owners, taps
 
     @functools.cached_property
     def network(self) -> Network | None:
-        """The network with its graph; None where a part of the batch meets another network."""
-        if self.rows is None:
+        """The network with its graph; None where a part of the batch, or another evaluation, meets another network."""
+        if not self._again:
             return Network(self.outputs, self.roots, self.calls)
-        assert self.root is not None and self.arguments is not None
+        assert self.root is not None
         owners = Owners(self._parameters) if self._owners is None else self._owners
         tree = CallTree(owners, self._parameters.device, self._taps, lambda _: True)
-        inputs, keywords = self.arguments
-        with self.world(), torch.enable_grad(), twice_differentiable(), tree:
+        inputs, keywords = (self.root.inputs, self.root.keywords) if self.arguments is None else self.arguments
+        plain = autocast_as(self._autocast, self._parameters.device)
+        with self.world(), plain, torch.enable_grad(), twice_differentiable(), tree:
             self.root.module(*inputs, **keywords)
         again = tree.roots[0]
         if again.signature() != self.root.signature():
@@ -169,14 +190,17 @@ class Evaluation:
             values: From another evaluation of the same samples.
 
         Returns:
-            Whether they agree to the square root of the precision (a part of the batch may be multiplied in another
-            order), relative to the largest.
+            Whether they agree, relative to the largest: to what the self-test asks of products; on a part of the
+            batch, which may be multiplied in another order, or where autocast rounds, to the root of the precision.
         """
+        rounded = [torch.finfo(dtype).eps for root in self.roots for _, dtype in root.autocast]
         for new, old in zip(values, self.outputs, strict=True):
             if new is None or old.value is None or not old.intact:
                 return False
             known = old.value if self.rows is None else old.value[self.rows]
-            if not same_numbers(new, known, old.largest):
+            precision = max(torch.finfo(old.dtype).eps, *rounded, 0.0)
+            tolerance = precision**0.5 if rounded or self.rows is not None else 8 * precision**0.75
+            if not same_numbers(new, known, old.largest, tolerance):
                 return False
         return True
 
@@ -196,7 +220,8 @@ class Evaluation:
             if self.root is not None and self.root.random is not None:
                 self.root.random.restore()
             self._buffers.restore()
-            yield
+            with self._buffers.versions_kept():
+                yield
         finally:
             buffers.restore()
             random.restore()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.recording import Output, twice_differentiable
+from hessfree.recording import Output, autocast_as, leaf_hooks_off, twice_differentiable
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
@@ -56,7 +57,7 @@ class GraphLinearization:
         if not self._jtu:
             return self.space.zeros()
         pieces = self._parameters.split(v)
-        with twice_differentiable():
+        with self._plain():
             found = torch.autograd.grad(
                 [t for _, t in self._jtu],
                 self._u,
@@ -97,10 +98,16 @@ class GraphLinearization:
         return out
 
     def _grad(self, u: Sequence[Tensor], batched: bool = False) -> tuple[Tensor | None, ...]:
-        with twice_differentiable():  # a checkpoint recomputes its part of the network here
+        with self._plain():  # a checkpoint recomputes its part of the network here
             return torch.autograd.grad(
                 self._edges, self._leaves, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
+
+    @contextlib.contextmanager
+    def _plain(self) -> Generator[None]:
+        """Differentiate by operators that can be differentiated, and in the precision that the graph has."""
+        with twice_differentiable(), autocast_as((), self.space.device), leaf_hooks_off(self._parameters.params):
+            yield
 
     def _build(self) -> None:
         device = self.space.device
@@ -108,6 +115,6 @@ class GraphLinearization:
             torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
             for shape, dtype in zip(self.space.shapes, self.space.dtypes, strict=True)
         ]
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), self._plain():
             found = torch.autograd.grad(self._edges, self._leaves, self._u, create_graph=True, allow_unused=True)
         self._jtu = [(i, t) for i, t in enumerate(found) if t is not None and t.requires_grad]

@@ -91,14 +91,15 @@ def _traced(
             evaluation.roots, evaluation.calls, evaluation.outputs, parameters, traces, evaluation.arguments
         )
     agrees = traced.recorded or evaluation.agrees(traced.space.views(traced.outputs))
-    if agrees and traced.trusted:
+    if agrees and traced.trusted and not traced.doubtful:
         return traced
     network = evaluation.network
     if network is None or not evaluation.finite():
         return None  # numbers that are not finite tell nothing of a trace
     fault: str | None = "its outputs differ from the network's"
     if agrees:
-        fault = find_fault(traced, GraphLinearization(network.outputs, parameters), parameters)
+        reference = GraphLinearization(network.outputs, parameters)
+        fault = find_fault(traced, reference, parameters, known=traced.trusted)
     if fault is None:
         traced.accept()
         return traced

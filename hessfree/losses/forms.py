@@ -154,12 +154,12 @@ class BlockForm(Form):
     def __init__(self, layout: Layout, blocks: Tensor) -> None:
         """Take the blocks, `[count, width, width]`."""
         self._layout = layout
-        self._blocks = blocks
+        self._blocks = 0.5 * (blocks + blocks.mT)  # its columns are products, rounded each for itself
         self.words = f"blocks of {layout.width}"
 
     @functools.cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eigh(0.5 * (self._blocks + self._blocks.mT))
+        return torch.linalg.eigh(self._blocks)
 
     @functools.cached_property
     def negative(self) -> float:

@@ -68,6 +68,26 @@ class OutputHessian:
         values = [None if v is None else v[:rows] for v in self._values]
         return OutputHessian(product, FlatSpace(shapes, self.space.dtypes, self.space.device), values)
 
+    def in_precision_of(self, space: FlatSpace) -> OutputHessian:
+        """Return H for outputs that were evaluated again in another precision than the loss was given.
+
+        A product through the loss rounds its vector to the precision of z, and rounding is not symmetric: under
+        bfloat16 autocast by 4e-3. A closed form is as good as its entries, and symmetric.
+
+        Args:
+            space: The flat space of these outputs, of the same shapes.
+
+        Returns:
+            H by its closed form, or by rounded products where it has none.
+        """
+        form, own = self.form, self._product
+
+        def product(w: list[Tensor]) -> Sequence[Tensor | None]:
+            return own(w) if form is None else space.views(form.matvec(space.flatten(w)))
+
+        values = [None if v is None else v.to(t) for v, t in zip(self._values, space.dtypes, strict=True)]
+        return OutputHessian(product, space, values)
+
     @functools.cached_property
     def closed(self) -> Form | None:
         """H in a closed form that multiplies as exactly as H itself and in fewer passes; None where none is known.

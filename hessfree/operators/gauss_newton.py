@@ -14,7 +14,7 @@ from hessfree.operators.base import SymmetricOperator, trace_model
 from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.rows import unit_rows
 from hessfree.recording import Tail, find_cut, make_cut
-from hessfree.vectors import ParameterVector
+from hessfree.vectors import FlatSpace, ParameterVector
 
 
 class GaussNewton(SymmetricOperator):
@@ -130,7 +130,10 @@ class GaussNewton(SymmetricOperator):
         network = linearize_recorded(
             linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile
         )
-        hessian = OutputHessian(lambda w: cut.tail.product(w)[0], network.space, [o.value for o in cut.outputs])
+        space = FlatSpace([o.shape for o in cut.outputs], [o.dtype for o in cut.outputs], parameters.device)
+        hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
+        if space.dtypes != network.space.dtypes:
+            hessian = hessian.in_precision_of(network.space)
         return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
     def matvec(self, v: Tensor) -> Tensor:

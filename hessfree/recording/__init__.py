@@ -1,17 +1,20 @@
 """Run a closure once, keep its loss with its graph and its tree of calls, cut it, and replay it."""
 
 from hessfree.recording.accumulation import BackwardCounter
+from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.calls import Call, CallTree, Output, Owners, twice_differentiable
 from hessfree.recording.checks import check_one_process, check_reached
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
+from hessfree.recording.leaf_hooks import leaf_hooks_off
 from hessfree.recording.random_state import RandomState
 from hessfree.recording.tail import Tail
 from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
 from hessfree.recording.world import World
 
 __all__ = [
+    "Autocast",
     "BackwardCounter",
     "BufferStates",
     "Call",
@@ -27,12 +30,15 @@ __all__ = [
     "Tail",
     "Trace",
     "World",
+    "autocast_as",
+    "autocast_now",
     "call_at",
     "check_one_process",
     "check_reached",
     "collect_marks",
     "explains_gradient",
     "find_cut",
+    "leaf_hooks_off",
     "make_cut",
     "mark_outputs",
     "record",

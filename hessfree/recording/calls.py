@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from hessfree.recording.autocast import Autocast, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.random_state import RandomState
 from hessfree.vectors import ParameterVector
@@ -106,6 +107,7 @@ class Call:
     children: list[Call] = dataclasses.field(default_factory=list)
     path: tuple[int, ...] = ()
     random: RandomState | None = None
+    autocast: Autocast = ()
 
     def walk(self) -> Iterator[Call]:
         """Yield this call and all below it, in the order in which they began.
@@ -203,6 +205,7 @@ class CallTree:
         call = Call(module, args if outermost or self._keep_inputs(module) else (), path=path)
         if outermost:
             call.random = RandomState.capture(self._device)
+            call.autocast = autocast_now(self._device)
         siblings.append(call)
         self._stack.append(call)
 

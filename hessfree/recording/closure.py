@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.calls import CallTree, twice_differentiable
 from hessfree.recording.checks import (
     check_gradients_untouched,
@@ -49,6 +50,7 @@ class Recording(Trace):
         differentiated: Whether the closure called `torch.autograd.grad`, or else needs a graph to run.
         before: The world before the closure ran.
         after: The world after it ran.
+        autocast: Whether it was called under autocast.
     """
 
     returned: Any
@@ -58,6 +60,7 @@ class Recording(Trace):
     differentiated: bool
     before: World
     after: World
+    autocast: Autocast
 
 
 class _Interceptor(TorchFunctionMode):
@@ -180,6 +183,7 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
                 differentiated=bool(mode.differentiated),
                 before=before,
                 after=before.now(parameters.device),
+                autocast=autocast_now(parameters.device),
             )
     except BaseException:
         before.restore()
@@ -240,7 +244,8 @@ def _rerun(
     for p in parameters.params:
         p.grad = None
     # a closure that differentiates inside (a physics-informed residual) needs its graph again
-    with torch.set_grad_enabled(recording.differentiated), _Interceptor(on_backward):
+    autocast = autocast_as(recording.autocast, parameters.device)
+    with torch.set_grad_enabled(recording.differentiated), _Interceptor(on_backward), autocast:
         returned = closure()
     return losses or [returned.detach().reshape(())]
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from hessfree.recording.calls import Call, Output, twice_differentiable
 from hessfree.recording.checks import check_differentiable_again
+from hessfree.recording.leaf_hooks import leaf_hooks_off
 from hessfree.recording.tail import Tail
 from hessfree.recording.trace import Trace
 from hessfree.vectors import ParameterVector
@@ -142,7 +143,7 @@ def explains_gradient(cut: Cut, recording: Trace, parameters: ParameterVector) -
 
 
 def _flat_grad(parameters: ParameterVector, outputs: Sequence[Any], weights: Sequence[Tensor] | None) -> Tensor:
-    with twice_differentiable():
+    with twice_differentiable(), leaf_hooks_off(parameters.params):
         found = torch.autograd.grad(outputs, parameters.params, weights, retain_graph=True, allow_unused=True)
     return parameters.flatten(found)
 

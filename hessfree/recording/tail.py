@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from hessfree.recording.autocast import autocast_as
 from hessfree.recording.calls import Output, twice_differentiable
+from hessfree.recording.leaf_hooks import leaf_hooks_off
 
 
 class Tail:
@@ -37,6 +39,7 @@ class Tail:
             params: The parameters.
         """
         self.outputs = tuple(outputs)
+        self._device, self._params = loss.device, params
         self._leaves = [get_gradient_edge(p) for p in params]
         # what the loss reaches is read off the graph: a gradient of zeros would not tell, since autograd
         # feeds custom functions with zeros for what is undefined, and they hand zeros on
@@ -99,7 +102,8 @@ class Tail:
         targets = [self.outputs[i].edge for i in self._used] + [self._leaves[i] for i in self._direct]
         if not sources or not targets:
             return along_z, along_theta
-        with _stopped_at(self.outputs), twice_differentiable():
+        plain = autocast_as((), self._device)
+        with _stopped_at(self.outputs), twice_differentiable(), plain, leaf_hooks_off(self._params):
             found = torch.autograd.grad(
                 sources, targets, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
             )

@@ -32,14 +32,17 @@ class TraceCache:
         evictions: How many were thrown away.
         compiles: Whether traces are handed to torch.compile; no longer after a first failure, of which one warning
             tells.
+        keeps_autocast: Whether networks are traced under the autocast of their call, and not in the parameters'
+            own precision.
     """
 
-    def __init__(self, capacity: int = 8, compile: bool = False) -> None:
+    def __init__(self, capacity: int = 8, compile: bool = False, keeps_autocast: bool = False) -> None:
         """Start empty.
 
         Args:
             capacity: How many signatures to remember.
             compile: Whether to hand traces to torch.compile.
+            keeps_autocast: Whether to trace networks under the autocast of their call.
 
         Raises:
             ValueError: It is less than one.
@@ -48,6 +51,7 @@ class TraceCache:
             raise ValueError(f"{capacity=} must be 1 or more")
         self.capacity = capacity
         self.compiles = compile
+        self.keeps_autocast = keeps_autocast
         self.hits = self.misses = self.evictions = 0
         self._in_a_row: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._entries: collections.OrderedDict[Any, tuple[weakref.ref[nn.Module], Trace | str]] = (
@@ -60,7 +64,7 @@ class TraceCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as an empty cache: a trace belongs to one process and one module object."""
-        return TraceCache, (self.capacity, self.compiles)
+        return TraceCache, (self.capacity, self.compiles, self.keeps_autocast)
 
     def get(self, network: Network, parameters: ParameterVector) -> Trace:
         """Return the trace of `network`, made now unless one of the same signature is there.

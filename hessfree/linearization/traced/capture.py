@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from hessfree.linearization.traced.network import Network
 from hessfree.linearization.traced.nodes import mutates
 from hessfree.linearization.traced.saved import SavedState, read_saved
-from hessfree.recording import RandomState, twice_differentiable
+from hessfree.recording import RandomState, autocast_as, twice_differentiable
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
@@ -140,7 +140,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def plain_world(network: Network, device: torch.device) -> Generator[None]:
-    """Evaluate as the closure did, in the parameters' own precision and by operators that can be differentiated.
+    """Evaluate as the closure did, in the precision asked for and by operators that can be differentiated.
 
     Random state is put back when left.
 
@@ -157,26 +157,8 @@ def plain_world(network: Network, device: torch.device) -> Generator[None]:
         if network.random is not None:
             network.random.restore()
         torch.backends.mha.set_fastpath_enabled(False)
-        with twice_differentiable(), without_autocast(device):
+        with twice_differentiable(), autocast_as(network.autocast, device):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         now.restore()
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Switch autocast off where it is on; asked for at every product, and nearly free where it is off.
-
-    Args:
-        device: Where the parameters live.
-
-    Returns:
-        A context to enter.
-    """
-    on = [kind for kind in dict.fromkeys(("cpu", device.type)) if kind != "meta" and torch.is_autocast_enabled(kind)]
-    if not on:
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    for kind in on:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from hessfree.linearization.traced.cache import TraceCache
-from hessfree.linearization.traced.capture import without_autocast
 from hessfree.linearization.traced.network import Arguments, Network
-from hessfree.recording import Call, Output
+from hessfree.linearization.traced.surroundings import surroundings
+from hessfree.recording import Call, Output, autocast_as
 from hessfree.vectors import ParameterVector
 
 
@@ -19,7 +20,8 @@ class TracedLinearization:
 
     A new value of the parameters costs one forward pass; a new signature (shapes, dtypes, train flags,
     settings of modules) one trace, of 0.1 to a few seconds. Residuals of the forward pass are views of the
-    parameters, so that a linearisation is right until they are updated.
+    parameters, buffers and inputs: once one of them is written into, products raise a RuntimeError, as those of an
+    autograd graph do.
 
     Attributes:
         name: "traced".
@@ -53,14 +55,20 @@ class TracedLinearization:
         Raises:
             LinearizationError: The network cannot be traced; the message says why.
         """
-        network = Network(root, outputs, parameters, arguments)
+        network = Network(root, outputs, parameters, arguments, root.autocast if cache.keeps_autocast else ())
         whole = arguments is None or (arguments[0] is root.inputs and arguments[1] is root.keywords)
+        whole = whole and network.autocast == root.autocast
         self._trace = cache.get(network, parameters)
+        self._surroundings = surroundings(network.parts)
         self._device = parameters.device
         self.space = self._trace.space
         self.outputs, residuals = self._evaluate(network, outputs, parameters, whole)
         self._forward = self._trace.jvp.arguments(residuals)
         self._backward = self._trace.vjp.arguments(residuals)
+        given = {t.untyped_storage()._cdata for t in (*parameters.params, *network.state, *network.inputs)}
+        # what autograd saved belongs to it, and so does what is a view of an argument
+        self._borrowed = [t for t in residuals if self.recorded or t.untyped_storage()._cdata in given]
+        self._versions = [t._version for t in self._borrowed]
 
     def _evaluate(
         self, network: Network, outputs: Sequence[Output], parameters: ParameterVector, whole: bool
@@ -83,9 +91,19 @@ class TracedLinearization:
         """Whether a trace of this signature was accepted before; else compare its products with another's."""
         return self._trace.trusted
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the Jacobian may have changed since, though the outputs do not show it; then compare one product.
+
+        So it is where a custom Function or a hook decides on the backward pass, and where something changed that no
+        trace can see: a settings object, a function, a global.
+        """
+        return self._trace.opaque or self._surroundings != self._trace.surroundings
+
     def accept(self) -> None:
-        """Remember that the products of this signature are right."""
+        """Remember that the products of this signature are right, in these surroundings."""
         self._trace.trusted = True
+        self._trace.surroundings = self._surroundings
 
     def reject(self, fault: str) -> None:
         """Remember that they are not: later attempts end in a LinearizationError that says `fault`."""
@@ -93,17 +111,17 @@ class TracedLinearization:
 
     def jvp(self, v: Tensor) -> Tensor:
         """Return J v `[Z]` for `v` `[P]`."""
-        with torch.no_grad(), without_autocast(self._device):
+        with self._products():
             return self._trace.jvp(v, self._forward)
 
     def vjp(self, u: Tensor) -> Tensor:
         """Return Jᵀ u `[P]` for `u` `[Z]`."""
-        with torch.no_grad(), without_autocast(self._device):
+        with self._products():
             return self._trace.vjp(u, self._backward)
 
     def vjps(self, u: Tensor) -> Tensor:
         """Return Jᵀ applied to each row of `u` `[K, Z]`, as `[K, P]`."""
-        with torch.no_grad(), without_autocast(self._device):
+        with self._products():
             return self._trace.vjp.rows(u, self._backward)
 
     def gauss_newton(self, v: Tensor, h: Tensor | float) -> Tensor:
@@ -116,7 +134,7 @@ class TracedLinearization:
         Returns:
             The product.
         """
-        with torch.no_grad(), without_autocast(self._device):
+        with self._products():
             forward, backward = self._trace.jvp, self._trace.vjp
             first = forward.replay(v, self._forward)
             second = None if first is None else backward.replay(first.output, self._backward)
@@ -127,3 +145,13 @@ class TracedLinearization:
             torch.mul(first.output, h, out=second.input)
             second.run(*self._backward)
             return second.output.clone()
+
+    @contextlib.contextmanager
+    def _products(self) -> Generator[None]:
+        if [t._version for t in self._borrowed] != self._versions:
+            raise RuntimeError(
+                "a parameter, buffer or input of the network was written into after it was linearised, and products "
+                "would mix old values with new ones; linearise it again"
+            )
+        with torch.no_grad(), autocast_as((), self._device):
+            yield

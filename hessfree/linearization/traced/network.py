@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.recording import Call, Output
+from hessfree.linearization.traced.surroundings import structure
+from hessfree.recording import Autocast, Call, Output
 from hessfree.vectors import ParameterVector
 
 T = TypeVar("T")
@@ -53,10 +54,18 @@ class Network:
         params: Index of the parameter behind each name that the module knows it by.
         constants: Index, in `state`, of every other tensor of the module, by name.
         state: Buffers and the parameters that are not ours, each once.
+        autocast: What autocast it is to be evaluated under.
+        structure: The form of the recorded autograd graph.
+        custom: Whether custom Functions are in it.
     """
 
     def __init__(
-        self, root: Call, outputs: Sequence[Output], parameters: ParameterVector, arguments: Arguments | None = None
+        self,
+        root: Call,
+        outputs: Sequence[Output],
+        parameters: ParameterVector,
+        arguments: Arguments | None = None,
+        autocast: Autocast = (),
     ) -> None:
         """Describe the call.
 
@@ -65,6 +74,7 @@ class Network:
             outputs: z: outputs of this call or of calls that it made.
             parameters: The parameters.
             arguments: Positional and keyword arguments in place of the recorded ones (a part of the batch).
+            autocast: What autocast to evaluate it under.
 
         Raises:
             LinearizationError: An argument depends on parameters, or is neither a plain tensor nor a plain value;
@@ -74,7 +84,8 @@ class Network:
             raise LinearizationError(f"the inputs of {type(root.module).__name__} were not kept")
         self.module = unwrapped(root.module)
         self.places = _find(root, outputs)
-        self.random = root.random
+        self.random, self.autocast = root.random, autocast
+        self.structure, self.custom = structure(outputs)
         values, self.spec = tree_flatten((root.inputs, root.keywords) if arguments is None else arguments)
         self.inputs = [_input(v, root, parameters) for v in values if isinstance(v, Tensor)]
         self.leaves = tuple(None if isinstance(v, Tensor) else _plain(v, root) for v in values)

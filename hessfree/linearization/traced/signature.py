@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.linearization.traced.network import Network
+from hessfree.linearization.traced.surroundings import hooks, is_plain
 from hessfree.vectors import ParameterVector
-
-PLAIN_TYPES = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
 
 def signature(network: Network, parameters: ParameterVector) -> tuple[Any, ...]:
@@ -34,18 +33,16 @@ def signature(network: Network, parameters: ParameterVector) -> tuple[Any, ...]:
         tuple(map(_layout, network.inputs)),
         network.spec,
         tuple((type(leaf), leaf) for leaf in network.leaves),
+        network.structure,
+        network.autocast,
         torch.get_default_dtype(),
     )
 
 
 def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Return the identity, train flag and plain settings of one module (a rate, a flag that detaches)."""
-    return (id(module), type(module), *[item for item in module.__dict__.items() if _is_plain(item[1])])
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    return kind in PLAIN_TYPES or (kind is tuple and all(map(_is_plain, value)))
+    """Return the identity, hooks, train flag and plain settings of one module (a rate, a flag that detaches)."""
+    settings = [(name, type(value), value) for name, value in module.__dict__.items() if is_plain(value)]
+    return (id(module), type(module), hooks(module), *settings)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -45,6 +45,11 @@ class StackedLinearization:
         """Whether the products of every part were accepted before."""
         return all(part.trusted for part in self._parts)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the Jacobian of some part may have changed; see `TracedLinearization.doubtful`."""
+        return any(part.doubtful for part in self._parts)
+
     def accept(self) -> None:
         """Remember that the products of these signatures are right."""
         for part in self._parts:

@@ -15,14 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.bindings import bind_directly
-from hessfree.linearization.traced.capture import (
-    Joint,
-    capture,
-    first_line,
-    plain_world,
-    saved_state,
-    without_autocast,
-)
+from hessfree.linearization.traced.capture import Joint, capture, first_line, plain_world, saved_state
 from hessfree.linearization.traced.checks import check
 from hessfree.linearization.traced.cleaning import ALIASES, clean
 from hessfree.linearization.traced.compiling import compiled
@@ -36,7 +29,7 @@ from hessfree.linearization.traced.nodes import describe, is_random
 from hessfree.linearization.traced.program import Program
 from hessfree.linearization.traced.saved import SavedState, read_saved
 from hessfree.linearization.traced.slots import Slots
-from hessfree.recording import Output, RandomState
+from hessfree.recording import Output, RandomState, autocast_as
 from hessfree.vectors import FlatSpace, ParameterVector
 
 READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
@@ -57,6 +50,8 @@ class Trace:
         constants: Attributes of modules that the trace holds on to.
         trusted: Whether its products were compared with those of another back end.
         fault: Why it must not be used; None if it may.
+        opaque: Whether custom Functions or hooks decide on the backward pass: they may do so by what no trace sees.
+        surroundings: What else was seen beside the signature when its products were compared.
     """
 
     def __init__(self, network: Network, parameters: ParameterVector) -> None:
@@ -72,11 +67,13 @@ class Trace:
         """
         self.trusted = False
         self.fault: str | None = None
+        self.surroundings: tuple[Any, ...] | None = None
         with plain_world(network, parameters.device), _quiet():
-            values, saved = _evaluate(network, parameters)
+            values, hooked, saved = _evaluate(network, parameters)
             self.space = FlatSpace([t.shape for t in values], [t.dtype for t in values], values[0].device)
             joint = Joint(network, parameters, self.space, None if saved is None else saved.structure)
             recorded = capture(joint)
+        self.opaque = hooked or network.custom
         self.constants = check(recorded, network)
         count = len(parameters.params)
         parts = _cleaned(recorded.graph, range(count, count + len(network.state)), len(values))
@@ -108,7 +105,7 @@ class Trace:
             CompilationError: One of them cannot be compiled; all run as they did.
         """
         z, residuals = self.evaluate(network, parameters)
-        with without_autocast(parameters.device):
+        with autocast_as((), parameters.device):
             jvp = self.jvp.compiled(parameters.values(), self.jvp.arguments(residuals))
             vjp = self.vjp.compiled(z, self.vjp.arguments(residuals))
             if not self.random:
@@ -129,7 +126,7 @@ class Trace:
         Raises:
             LinearizationError: It failed, or random numbers are needed and their state is not known.
         """
-        with torch.no_grad(), without_autocast(parameters.device), self._randomness(network, parameters.device):
+        with torch.no_grad(), autocast_as((), parameters.device), self._randomness(network, parameters.device):
             try:
                 values, residuals = self._primal(*self._arguments(network, parameters))
             except RuntimeError as error:
@@ -177,25 +174,25 @@ class Trace:
             now.restore()
 
 
-def _evaluate(network: Network, parameters: ParameterVector) -> tuple[list[Tensor], SavedState | None]:
+def _evaluate(network: Network, parameters: ParameterVector) -> tuple[list[Tensor], bool, SavedState | None]:
     """Return z as the network itself gives it, and see that nothing but tensors decides on it.
 
     Returns:
-        z, and what autograd saved: None where not all of that can be seen.
+        z, whether hooks were put on tensors, and what autograd saved: None where not all of that can be seen.
 
     Raises:
         LinearizationError: Something else decides on z.
     """
     leaves = [p.detach().requires_grad_() for p in parameters.params]
     before = RandomState.capture(parameters.device)
-    with torch.enable_grad(), _NothingReadOut():
+    with torch.enable_grad(), _NothingReadOut() as seen:
         values = network.within(leaves, network.state, lambda: network.outputs(network.inputs))
     after = RandomState.capture(parameters.device)
     if before.python != after.python or str(before.numpy) != str(after.numpy):
         raise LinearizationError("the network draws random numbers from Python's or numpy's generator")
     with _NothingComputed():
         saved = saved_state(values, leaves)
-    return [t.detach() for t in values], saved
+    return [t.detach() for t in values], seen.hooked, saved
 
 
 class _NothingComputed(TorchDispatchMode):
@@ -210,13 +207,20 @@ class _NothingComputed(TorchDispatchMode):
 
 
 class _NothingReadOut(TorchFunctionMode):
-    """Refuses what carries numbers from tensors to Python unseen: they would stay as they are today."""
+    """Refuses what carries numbers from tensors to Python unseen: they would stay as they are today.
+
+    Attributes:
+        hooked: Whether a hook was put on a tensor.
+    """
+
+    hooked = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in READS:
             raise LinearizationError(f"the network reads numbers out of its tensors ({func.__name__})")
+        self.hooked = self.hooked or func is torch.Tensor.register_hook
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessfree import HessianFree
 from hessfree.linearization import LinearizationError, find_fault
 from hessfree.linearization.traced import TraceCache, TracedLinearization
 from tests.architectures import DOUBLE, mlp, randn
@@ -175,8 +176,7 @@ def test_a_network_that_is_another_at_every_call() -> None:
         assert find_fault(traced, graph, parameters_of(model)) is not None
 
 
-@pytest.mark.parametrize("raised", [ImportError, AttributeError])
-def test_a_torch_without_make_fx(monkeypatch: pytest.MonkeyPatch, raised: type[Exception]) -> None:
+def _no_make_fx(monkeypatch: pytest.MonkeyPatch, raised: type[Exception]) -> None:
     importing = builtins.__import__
 
     def without(name: str, *args: Any) -> Any:
@@ -184,11 +184,35 @@ def test_a_torch_without_make_fx(monkeypatch: pytest.MonkeyPatch, raised: type[E
             raise raised("gone")
         return importing(name, *args)
 
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+@pytest.mark.parametrize("raised", [ImportError, AttributeError])
+def test_a_torch_without_make_fx(monkeypatch: pytest.MonkeyPatch, raised: type[Exception]) -> None:
     model = mlp(3, 3, 2)
     call = record_call(model, randn(2, 3))
-    monkeypatch.setattr(builtins, "__import__", without)
+    _no_make_fx(monkeypatch, raised)
     with pytest.raises(LinearizationError, match="gone"):
         TracedLinearization(call, call.outputs, parameters_of(model), TraceCache())
+
+
+@pytest.mark.parametrize("raised", [ImportError, AttributeError])
+def test_steps_without_make_fx(monkeypatch: pytest.MonkeyPatch, raised: type[Exception]) -> None:
+    """The autograd graph takes over unasked: it is slower, and as right."""
+    model = mlp(3, 3, 2)
+    optimizer, x, y = HessianFree(model.parameters()), randn(5, 3), randn(5, 2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    _no_make_fx(monkeypatch, raised)
+    for _ in range(2):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.backend == "graph"
 
 
 def test_passes_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
