@@ -130,10 +130,17 @@ def test_refusals_say_why() -> None:
         FunctionalLinearization(cut.calls, cut.outputs, parameters)
 
 
-def test_a_module_that_stands_in_two_places_keeps_its_parameters() -> None:
+@pytest.mark.parametrize("backend", ["functional", "traced", "graph"])
+def test_a_module_that_stands_in_two_places_keeps_its_parameters(backend: str) -> None:
     """torch.func.functional_call, given both names, leaves plain tensors in the user's model."""
     model = make("shared_module").model
     before = list(model.parameters())
-    linearize(model, randn(4, 3), backend="functional").jvp(randn(31))
+    found = linearize(model, randn(4, 3), backend=backend)
+    assert found.name == backend
+    found.jvp(randn(31))
     after = list(model.parameters())
+    assert all(p is q for p, q in zip(after, before, strict=True))
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    reference = linearize(model, randn(4, 3), backend="graph")
+    assert error(found.jvp(randn(31)), reference.jvp(randn(31))) <= 1e-12
     assert all(isinstance(p, nn.Parameter) and p is q for p, q in zip(after, before, strict=True))
