@@ -16,7 +16,7 @@ from hessfree.damping import ConstantDamping, LevenbergMarquardt
 from hessfree.line_search import Armijo, FullStep
 from hessfree.linearization import linearize
 from hessfree.momentum import QuadraticModelMomentum
-from hessfree.operators import GaussNewton, Hessian, JacobianGram, MonteCarloFisher
+from hessfree.operators import EmpiricalFisher, GaussNewton, Hessian, JacobianGram, MonteCarloFisher
 from hessfree.optimizer import HessianFree
 from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, InputMoments, Jacobi, Nystrom, Woodbury
 from hessfree.recording import mark_outputs
@@ -32,6 +32,7 @@ __all__ = [
     "ConstantDamping",
     "DenseCholesky",
     "EisenstatWalker",
+    "EmpiricalFisher",
     "EmpiricalFisherDiagonal",
     "FullStep",
     "GaussNewton",

@@ -2,6 +2,7 @@
 
 from hessfree.operators.base import LinearOperator, SymmetricOperator
 from hessfree.operators.deferred import Deferred
+from hessfree.operators.empirical_fisher import EmpiricalFisher
 from hessfree.operators.fisher import MonteCarloFisher
 from hessfree.operators.gauss_newton import GaussNewton
 from hessfree.operators.hessian import Hessian
@@ -9,6 +10,7 @@ from hessfree.operators.jacobian_gram import JacobianGram
 
 __all__ = [
     "Deferred",
+    "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
     "JacobianGram",

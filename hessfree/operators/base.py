@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hessfree.linearization import call_model
 from hessfree.operators.scipy_view import scipy_view
-from hessfree.recording import CallTree, Owners, Trace, trace_loss
+from hessfree.recording import CallTree, Cut, Owners, Trace, find_cut, make_cut, trace_loss
 from hessfree.vectors import ParameterVector
 
 
@@ -249,3 +249,23 @@ def check_loss(loss: Any, model: nn.Module) -> None:
             f"the loss does not depend on the parameters through what {type(model).__name__} returned; pass it to "
             "loss_fn without detach()"
         )
+
+
+def cut_trace(traced: Trace, parameters: ParameterVector, complaint: str | None = None) -> Cut:
+    """Find where the network ends and the loss begins.
+
+    Args:
+        traced: A loss and its calls.
+        parameters: The parameters.
+        complaint: What to say where there is no such place; None for what the search found.
+
+    Returns:
+        The cut.
+
+    Raises:
+        ValueError: The loss has no second derivative in any output of a module.
+    """
+    place = find_cut(traced, parameters)
+    if not place.places:
+        raise ValueError(complaint or f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
+    return make_cut(traced, parameters, place)

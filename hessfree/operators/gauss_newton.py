@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hessfree.linearization import ChunkedLinearization, Linearization, check_backend, linearize, linearize_recorded
 from hessfree.losses import DiagonalForm, Form, OutputHessian
-from hessfree.operators.base import SymmetricOperator, trace_model
+from hessfree.operators.base import SymmetricOperator, cut_trace, trace_model
 from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.rows import unit_rows
-from hessfree.recording import Tail, find_cut, make_cut
+from hessfree.recording import Tail
 from hessfree.vectors import FlatSpace, ParameterVector
 
 
@@ -118,18 +118,12 @@ class GaussNewton(SymmetricOperator):
         if microbatch is not None:
             divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
         traced, parts = divided or (trace_model(model, loss_fn, inputs, targets, parameters), [])
-        place = find_cut(traced, parameters)
-        if not place.places and parts:
-            raise ValueError(
-                f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
-                "network; return what the loss is curved in (logits), or use microbatch=None"
-            )
-        if not place.places:
-            raise ValueError(f"{place.warning}. For the exact Hessian as an operator use Hessian.from_loss")
-        cut = make_cut(traced, parameters, place)
-        network = linearize_recorded(
-            linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile
+        uncut = (
+            f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
+            "network; return what the loss is curved in (logits), or use microbatch=None"
         )
+        cut = cut_trace(traced, parameters, uncut if parts else None)
+        network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile)
         space = FlatSpace([o.shape for o in cut.outputs], [o.dtype for o in cut.outputs], parameters.device)
         hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
         if space.dtypes != network.space.dtypes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization import Linearization
 from hessfree.losses import Form
@@ -80,7 +81,13 @@ class JacobianGram(LinearOperator):
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, inputs: Any, other_inputs: Any = None, *, linearization: str = "auto"
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        other_inputs: Any = None,
+        *,
+        linearization: str = "auto",
+        microbatch: int | None = None,
     ) -> JacobianGram:
         """Return J(inputs) J(other_inputs)ᵀ of `model` at its present parameters.
 
@@ -89,17 +96,27 @@ class JacobianGram(LinearOperator):
             inputs: x1: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
             other_inputs: x2, likewise; None for x1 again.
             linearization: The back end, as for `GaussNewton`.
+            microbatch: Evaluate each side on at most so many samples at a time, as for `GaussNewton.from_loss`:
+                memory is that of one chunk, and a product costs a forward pass of each side more.
 
         Returns:
             The operator.
 
         Raises:
-            ValueError: See `GaussNewton.from_model`.
+            ValueError: See `GaussNewton.from_model`, and `GaussNewton.from_loss` for `microbatch`.
+            LinearizationError: Likewise.
         """
-        left = _side(GaussNewton.from_model(model, inputs, linearization=linearization))
-        if other_inputs is None:
-            return cls(left)
-        return cls(left, _side(GaussNewton.from_model(model, other_inputs, linearization=linearization)))
+
+        def side(x: Any) -> Side:
+            if microbatch is None:
+                return _side(GaussNewton.from_model(model, x, linearization=linearization))
+            # a loss is what chunks are made for; this one is curved in every output, and only its J is used
+            return _side(
+                GaussNewton.from_loss(model, _half_square, x, None, linearization=linearization, microbatch=microbatch)
+            )
+
+        left = side(inputs)
+        return cls(left) if other_inputs is None else cls(left, side(other_inputs))
 
     @classmethod
     def from_loss(
@@ -112,6 +129,7 @@ class JacobianGram(LinearOperator):
         other_targets: Any = None,
         *,
         linearization: str = "auto",
+        microbatch: int | None = None,
     ) -> JacobianGram:
         """Return B₁ᵀ J(inputs) J(other_inputs)ᵀ B₂ for the loss `loss_fn(model(inputs), targets)`.
 
@@ -125,6 +143,8 @@ class JacobianGram(LinearOperator):
             other_inputs: x2, like x1; None for x1 again.
             other_targets: Passed on to `loss_fn` with what the model returned for x2.
             linearization: The back end, as for `GaussNewton`.
+            microbatch: Evaluate each side on at most so many samples at a time, as for `GaussNewton.from_loss`:
+                memory is that of one chunk, and a product costs a forward pass of each side more.
 
         Returns:
             The operator. B is a square root of H, B Bᵀ = H, and not always the symmetric one.
@@ -135,7 +155,7 @@ class JacobianGram(LinearOperator):
         """
 
         def side(x: Any, y: Any) -> Side:
-            found = GaussNewton.from_loss(model, loss_fn, x, y, linearization=linearization)
+            found = GaussNewton.from_loss(model, loss_fn, x, y, linearization=linearization, microbatch=microbatch)
             return _side(found, found.root_form("JacobianGram"))
 
         left = side(inputs, targets)
@@ -182,3 +202,8 @@ class JacobianGram(LinearOperator):
 
 def _side(found: GaussNewton, root: Form | None = None) -> Side:
     return Side(found.linearization, found.size, root)
+
+
+def _half_square(outputs: Any, _: None) -> Tensor:
+    floating = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad and not t.is_complex()]
+    return 0.5 * torch.stack([t.square().sum() for t in floating]).sum()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessfree import GaussNewton, Hessian, MonteCarloFisher
+from hessfree import EmpiricalFisher, GaussNewton, Hessian, MonteCarloFisher
 from hessfree.operators import SymmetricOperator
 from tests.architectures import ConvNet, classes, mlp, randn
 from tests.oracle import error
@@ -72,6 +72,19 @@ def test_gauss_newton(model: str, loss: str, reduction: str) -> None:
 def test_hessian(model: str, loss: str, reduction: str) -> None:
     case = Case(model, loss, reduction)
     compare(case.ours(Hessian), case.theirs("HessianLinearOperator"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empirical_fisher(model: str, loss: str, reduction: str) -> None:
+    case = Case(model, loss, reduction)
+    # of a mean it takes the outputs of MSELoss and BCEWithLogitsLoss for terms, and not the samples
+    elements = reduction == "mean" and not isinstance(case.loss, nn.CrossEntropyLoss)
+    ours = case.ours(EmpiricalFisher, terms=18 if elements else None)
+    compare(ours, case.theirs("EFLinearOperator"))
+    if elements:
+        assert error(3 * case.ours(EmpiricalFisher).to_dense(), ours.to_dense()) <= 1e-12
 
 
 # it draws targets from the likelihood, which knows neither weights nor ignored targets

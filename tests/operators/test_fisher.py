@@ -110,6 +110,14 @@ def test_the_seed_decides() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_streaming() -> None:
+    problem = make("weighted_cross_entropy")
+    whole, parts = sampled(problem, samples=3, seed=4), sampled(problem, samples=3, seed=4, microbatch=2)
+    assert error(parts.to_dense(), whole.to_dense()) <= 1e-10
+    v = randn(whole.size, seed=5)
+    assert error(parts @ v, whole @ v) <= 1e-10
+
+
 def test_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     operator = sampled(make("nested_outputs"), samples=2)
     dense, diagonal = operator.to_dense(), operator.diagonal()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hessfree import GaussNewton, JacobianGram
+from hessfree.linearization import LinearizationError
 from tests.architectures import mlp, randn
 from tests.networks import make
 from tests.oracle import error, truth
@@ -93,6 +94,20 @@ def test_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         for operator, (dense, diagonal) in zip((same, cross, cross.adjoint()), whole, strict=True):
             assert error(operator.to_dense(), dense) <= 1e-13
             assert error(operator.diagonal(), diagonal) <= 1e-13
+
+
+@pytest.mark.parametrize("microbatch", [2, 3, 50])
+def test_streaming(microbatch: int) -> None:
+    model, x, other = mlp(3, 4, 3), randn(5, 3), randn(8, 3, seed=4)
+    y, other_y = torch.tensor([0, 2, -100, 1, 1]), torch.arange(8) % 3
+    for a, b in ((x, None), (x, other), (other, x)):
+        whole = JacobianGram.from_model(model, a, b).to_dense()
+        check(JacobianGram.from_model(model, a, b, microbatch=microbatch), whole)
+    for arguments in ((x, y), (x, y, other, other_y)):
+        whole = JacobianGram.from_loss(model, F.cross_entropy, *arguments).to_dense()
+        check(JacobianGram.from_loss(model, F.cross_entropy, *arguments, microbatch=microbatch), whole)
+    with pytest.raises(LinearizationError, match="microbatch=2"):
+        JacobianGram.from_model(make("conv_batchnorm").model, randn(4, 1, 4, 4), microbatch=2)
 
 
 def test_by_scipy() -> None:
