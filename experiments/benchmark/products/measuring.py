@@ -41,7 +41,7 @@ class Effort:
     least_rounds: int = 3
     turn_products: int = 3
     turn_seconds: float = 0.1
-    seconds: float = 4.0
+    seconds: float = 3.0
     vectors: int = 3
 
     def __post_init__(self) -> None:
