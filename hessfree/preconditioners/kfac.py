@@ -106,9 +106,12 @@ class KFAC(AveragedRefresh):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
         keep = min(1 - 1 / updates, self.decay)
         blocks = list(resting)
-        for layer, a, s in zip(layers, inner, outer, strict=True):
-            exact = layer.place.weight in given
-            blocks.append(self._block(layer, a, s, known.get(layer.place), keep, updates, exact).state())
+        try:
+            for layer, a, s in zip(layers, inner, outer, strict=True):
+                exact = layer.place.weight in given
+                blocks.append(self._block(layer, a, s, known.get(layer.place), keep, updates, exact).state())
+        except torch.linalg.LinAlgError as error:
+            return state, f"a factor of K-FAC has no eigenform, and the factors stay as they were ({error})"
         diagonal = dict(zip(others, squares, strict=True))
         for i in diagonal.keys() & state.get("diagonal", {}).keys():
             diagonal[i] = torch.lerp(diagonal[i], state["diagonal"][i], keep)

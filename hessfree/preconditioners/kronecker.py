@@ -242,6 +242,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The eigenvalues `[..., n]`, ascending, those below zero (rounding) as zero; and the eigenvectors as columns.
+
+    Raises:
+        LinAlgError: The iterations converge in double precision neither.
     """
     work = matrix.cpu() if matrix.device.type == "mps" else matrix
     try:

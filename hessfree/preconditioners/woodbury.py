@@ -89,7 +89,10 @@ class Woodbury(Refresh):
         if complete:  # less than the rounding of G would leave the Gram matrix without a Cholesky factor
             least = torch.finfo(sample.parameters.dtype).eps * sum(_energy(row) for row in rows)
             shifts = [max(s, least) for s in shifts]
-        parts = [_damped(block, factor, shifts[block["weight"]]) for block in kfac["blocks"]]
+        try:
+            parts = [_damped(block, factor, shifts[block["weight"]]) for block in kfac["blocks"]]
+        except torch.linalg.LinAlgError as error:
+            return state, f"a factor of the Woodbury preconditioner has no inverse; it stays as it was ({error})"
         for i, d in kfac["diagonal"].items():
             parts.append({"index": i, "inverse": 1 / _positive(factor * d + shifts[i])})
         parts = [part | row for part, row in zip(parts, rows, strict=True)]
