@@ -39,6 +39,7 @@ class Variation:
         arguments: Of HessianFree, that differ from the recipe's.
         settings: Of `RecipeSettings` (batch, length of steps), that differ.
         damping: Of the recipe's Levenberg-Marquardt rule, that differ.
+        start: Factor on λ of the first step.
         streaming: Whether it is tried where rows are drawn anew for ever.
         fixed: Whether it is tried where rows are fixed.
     """
@@ -46,6 +47,7 @@ class Variation:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     damping: Mapping[str, Any] = field(default_factory=dict)
+    start: float = 1.0
     streaming: bool = True
     fixed: bool = True
 
@@ -86,6 +88,8 @@ VARIATIONS: dict[str, Variation] = {
     "model over the last 3 steps": Variation({"momentum": QuadraticModelMomentum(history=3)}),
     "gradient averaged, 0.9": Variation({"gradient_ema": 0.9}, fixed=False),
     "constant damping": Variation({"damping_rule": ConstantDamping()}),
+    "damping from ten times as high": Variation(start=10.0),
+    "damping from a tenth": Variation(start=0.1),
     "damping test at every step": Variation(damping={"every": 1, "test": "replay"}),
     "damping test at every 5th step": Variation(damping={"every": 5, "test": "replay"}, streaming=False),
     "damping test at every 20th step": Variation(damping={"every": 20}, fixed=False),
@@ -125,7 +129,9 @@ def _vary(variation: Variation, settings: FullBatchSettings | HessianFreeSetting
     if isinstance(rows, int):
         arguments["curvature_batch"] = min(rows, batch_size)
     plain = RecipeSettings(
-        recipe=partial(_build, settings=settings, arguments=arguments, damping=variation.damping),
+        recipe=partial(
+            _build, settings=settings, arguments=arguments, damping=variation.damping, start=variation.start
+        ),
         lr=settings.lr,
         batch_size=batch_size,
         warmup=settings.warmup,
@@ -142,6 +148,7 @@ def _build(
     settings: FullBatchSettings | HessianFreeSettings,
     arguments: Mapping[str, Any],
     damping: Mapping[str, Any],
+    start: float,
 ) -> HessianFree:
     """Build the optimizer of some settings, and another of its strategies with some of them changed.
 
@@ -157,5 +164,5 @@ def _build(
     own = {one.name: getattr(optimizer.settings, one.name) for one in dataclasses.fields(optimizer.settings)}
     own["damping_rule"] = dataclasses.replace(own["damping_rule"], **damping)
     return HessianFree(
-        params, lr=lr, damping=settings.damping, weight_decay=settings.weight_decay, **own | dict(arguments)
+        params, lr=lr, damping=start * settings.damping, weight_decay=settings.weight_decay, **own | dict(arguments)
     )

@@ -137,8 +137,8 @@ def _hessian_free(problem: Problem) -> list[Changes]:
 
 
 def _kfac(problem: Problem) -> list[Changes]:
-    """High rates, held back by two bounds on the step."""
-    return _product(lr=(2.0, 1.0), largest_step=(1e-2, 1e-1), batch_size=(256, 512))
+    """High rates, held back by a bound on the step."""
+    return _product(batch_size=(512, 1024), largest_step=(1e-1, 3e-1), lr=(2.0, 4.0))
 
 
 CONTENDERS = {
