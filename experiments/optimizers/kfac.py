@@ -35,10 +35,10 @@ class KFACSettings(CommonSettings):
     lr_grid: ClassVar[tuple[float, ...]] = ()
 
     lr: float = 2.0
-    batch_size: int = 256
+    batch_size: int = 512
     damping: float = 1e-5
     gradient_ema: float = 0.9
-    largest_step: float = 1e-2
+    largest_step: float = 1e-1
     warmup: float = 0.1
     data: str | None = field(default=None, repr=False)
 
