@@ -24,7 +24,7 @@ from hessfree.recording import (
     find_cut,
     make_cut,
 )
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.vectors import ParameterVector
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,9 +124,8 @@ class CurvatureBuilder:
         rows = leading_rows(recording, cut, self._curvature_batch, warn)
         evaluation, linearization = self._evaluate(recording, cut, rows, parameters, warn)
         part = None if evaluation.rows is None else evaluation.samples
-        hessian = _output_hessian(cut, part)
-        if hessian.space.dtypes != linearization.space.dtypes:
-            hessian = hessian.in_precision_of(linearization.space)
+        hessian = OutputHessian.of(cut) if part is None else OutputHessian.of(cut).leading(part)
+        hessian = hessian.in_precision_of(linearization.space)
         operator = GaussNewton(linearization, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
         def sample() -> Sample:
@@ -221,10 +220,3 @@ def _gradients(cut: Cut, rows: int | None, dtypes: Sequence[torch.dtype]) -> tup
     if rows is None:
         return tuple(found)
     return tuple(None if g is None else g[:rows] * (g.shape[0] / rows) for g in found)
-
-
-def _output_hessian(cut: Cut, rows: int | None) -> OutputHessian:
-    shapes, dtypes = [o.shape for o in cut.outputs], [o.dtype for o in cut.outputs]
-    space = FlatSpace(shapes, dtypes, cut.outputs[0].device)
-    hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
-    return hessian if rows is None else hessian.leading(rows)

@@ -98,8 +98,8 @@ class HessianFree(Optimizer):
             linearization: Back end of the products: "auto", "traced", "graph" or "functional".
             microbatch: Make products of at most so many samples at a time, for memory: each then evaluates the network
                 once more. The closure's own forward, and what a preconditioner looks at, stay whole. None takes all.
-            compile: Hand the traced network and its products to torch.compile: seconds to a minute once a signature,
-                which pay on accelerators and where pointwise operations dominate. Where that fails, one warning
+            compile: Hand the traced network and its products to torch.compile: seconds to a minute once a signature. On
+                CPUs it saves time on forward passes of SELU networks and none on products. Where it fails, one warning
                 says why and the trace runs as it is.
             curvature_precision: "parameters" forms G in their own precision, whatever autocast the closure uses;
                 "autocast" in that of autocast (see `Settings`).

@@ -12,8 +12,8 @@ from hessfree.linearization.evaluation import Evaluation
 from hessfree.linearization.select import choose
 from hessfree.linearization.traced import TraceCache
 from hessfree.losses import Form
-from hessfree.recording import Output
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.recording import Output, space_of
+from hessfree.vectors import ParameterVector
 
 
 class ChunkedLinearization:
@@ -41,8 +41,7 @@ class ChunkedLinearization:
                 one product.
         """
         self.name = name
-        whole = FlatSpace([o.shape for o in outputs], [o.dtype for o in outputs], outputs[0].device)
-        self.space = whole.of_rows(slice(0, chunks[-1].stop))
+        self.space = space_of(outputs).of_rows(slice(0, chunks[-1].stop))
         self._chunks, self._outputs, self._linearize = tuple(chunks), tuple(outputs), linearize
 
     @property

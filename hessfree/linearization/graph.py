@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.recording import Output, autocast_as, leaf_hooks_off, twice_differentiable
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.recording import Output, autocast_as, leaf_hooks_off, space_of, twice_differentiable
+from hessfree.vectors import ParameterVector
 
 
 class GraphLinearization:
@@ -34,7 +34,7 @@ class GraphLinearization:
             outputs: The z; their graph must stay alive.
             parameters: The parameters.
         """
-        self.space = FlatSpace([o.shape for o in outputs], [o.dtype for o in outputs], outputs[0].device)
+        self.space = space_of(outputs)
         self._edges = [o.edge for o in outputs]
         self._values = [o.value for o in outputs]
         self._parameters = parameters

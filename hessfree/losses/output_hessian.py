@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfree.losses.forms import BlockForm, DiagonalForm, Form, SoftmaxForm
 from hessfree.losses.layout import layouts
+from hessfree.recording import Cut, space_of
 from hessfree.vectors import FlatSpace
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -43,6 +44,11 @@ class OutputHessian:
         self._values = values
         self.space = space
 
+    @classmethod
+    def of(cls, cut: Cut) -> OutputHessian:
+        """Return the Hessian of the loss behind a cut in its outputs, by products through the loss's graph."""
+        return cls(lambda w: cut.tail.product(w)[0], space_of(cut.outputs), [o.value for o in cut.outputs])
+
     def matvec(self, w: Tensor) -> Tensor:
         """Return H w for `w` `[Z]`."""
         return self.space.flatten(self._product(self.space.split(w)))
@@ -56,7 +62,6 @@ class OutputHessian:
         Returns:
             The leading blocks of H times N/rows, so that the scale stays that of a mean over samples.
         """
-        shapes = [torch.Size((rows, *shape[1:])) for shape in self.space.shapes]
         scale = self.space.shapes[0][0] / rows
 
         def product(w: list[Tensor]) -> list[Tensor | None]:
@@ -66,10 +71,10 @@ class OutputHessian:
             return [None if t is None else t[:rows] * scale for t in self._product(padded)]
 
         values = [None if v is None else v[:rows] for v in self._values]
-        return OutputHessian(product, FlatSpace(shapes, self.space.dtypes, self.space.device), values)
+        return OutputHessian(product, self.space.of_rows(slice(0, rows)), values)
 
     def in_precision_of(self, space: FlatSpace) -> OutputHessian:
-        """Return H for outputs that were evaluated again in another precision than the loss was given.
+        """Return H for outputs that may have been evaluated again in another precision than the loss was given.
 
         A product through the loss rounds its vector to the precision of z, and rounding is not symmetric: under
         bfloat16 autocast by 4e-3. A closed form is as good as its entries, and symmetric.
@@ -78,8 +83,10 @@ class OutputHessian:
             space: The flat space of these outputs, of the same shapes.
 
         Returns:
-            H by its closed form, or by rounded products where it has none.
+            H by its closed form, or by rounded products where it has none; itself where the precision is the same.
         """
+        if space.dtypes == self.space.dtypes:
+            return self
         form, own = self.form, self._product
 
         def product(w: list[Tensor]) -> Sequence[Tensor | None]:

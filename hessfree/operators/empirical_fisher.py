@@ -13,7 +13,7 @@ from hessfree.losses import OutputHessian
 from hessfree.operators.base import cut_trace, trace_model
 from hessfree.operators.independence import check_independent
 from hessfree.operators.outer_products import OuterProducts
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.vectors import ParameterVector
 
 
 class EmpiricalFisher(OuterProducts):
@@ -78,10 +78,9 @@ class EmpiricalFisher(OuterProducts):
             )
         network = linearize_recorded(linearization, model, recorded, cut.outputs, cut.calls, parameters)
         # the recorded outputs are of lower precision than the linearisation's where the loss was under autocast
-        space = FlatSpace([o.shape for o in cut.outputs], [o.dtype for o in cut.outputs], parameters.device)
-        hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
+        hessian = OutputHessian.of(cut)
         check_independent(recorded, cut, hessian, parameters)
         if terms is None:
             terms = 1 if getattr(loss_fn, "reduction", None) == "sum" else cut.outputs[0].shape[0]
-        gradient = space.flatten(cut.tail.gradients).to(network.space.dtype)
+        gradient = hessian.space.flatten(cut.tail.gradients).to(network.space.dtype)
         return cls(network, gradient.mul_(math.sqrt(terms)).unsqueeze(0), parameters)

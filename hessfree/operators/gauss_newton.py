@@ -14,7 +14,7 @@ from hessfree.operators.base import SymmetricOperator, cut_trace, trace_model
 from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.rows import unit_rows
 from hessfree.recording import Tail
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.vectors import ParameterVector
 
 
 class GaussNewton(SymmetricOperator):
@@ -124,10 +124,7 @@ class GaussNewton(SymmetricOperator):
         )
         cut = cut_trace(traced, parameters, uncut if parts else None)
         network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile)
-        space = FlatSpace([o.shape for o in cut.outputs], [o.dtype for o in cut.outputs], parameters.device)
-        hessian = OutputHessian(lambda w: cut.tail.product(w)[0], space, [o.value for o in cut.outputs])
-        if space.dtypes != network.space.dtypes:
-            hessian = hessian.in_precision_of(network.space)
+        hessian = OutputHessian.of(cut).in_precision_of(network.space)
         return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -151,8 +148,7 @@ class GaussNewton(SymmetricOperator):
             return self.linearization.gauss_newton(v, form.h)
         if form is not None and isinstance(self.linearization, ChunkedLinearization):
             return self.linearization.gauss_newton_by_samples(v, form)
-        multiply = self.output_hessian.matvec if form is None else form.matvec
-        return self.linearization.vjp(multiply(self.linearization.jvp(v)))
+        return self.linearization.vjp((form or self.output_hessian).matvec(self.linearization.jvp(v)))
 
     def quadratic_form(self, vectors: Tensor) -> Tensor:
         """Return V G Vᵀ `[K, K]` for rows V `[K, P]`: (JVᵀ)ᵀ H (JVᵀ), which is a third of the work of K products."""
@@ -161,7 +157,8 @@ class GaussNewton(SymmetricOperator):
         z = torch.stack([self.linearization.jvp(v) for v in vectors])
         if self.output_hessian is None:
             return z @ z.T
-        return z @ torch.stack([self.output_hessian.matvec(row) for row in z]).T
+        hessian = self.output_hessian.closed or self.output_hessian
+        return z @ torch.stack([hessian.matvec(row) for row in z]).T
 
     def to_dense(self) -> Tensor:
         """Return G `[P, P]`, formed from rows of J by one vectorised backward pass a chunk.

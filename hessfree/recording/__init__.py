@@ -3,7 +3,7 @@
 from hessfree.recording.accumulation import BackwardCounter
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.buffers import BufferStates
-from hessfree.recording.calls import Call, CallTree, Output, Owners, twice_differentiable
+from hessfree.recording.calls import Call, CallTree, Output, Owners, space_of, twice_differentiable
 from hessfree.recording.checks import check_one_process, check_reached
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
@@ -43,6 +43,7 @@ __all__ = [
     "mark_outputs",
     "record",
     "replay",
+    "space_of",
     "trace_loss",
     "twice_differentiable",
 ]

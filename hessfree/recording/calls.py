@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from hessfree.recording.autocast import Autocast, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.random_state import RandomState
-from hessfree.vectors import ParameterVector
+from hessfree.vectors import FlatSpace, ParameterVector
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +84,11 @@ class Output:
             and t.layout == torch.strided
             and not t.is_nested
         )
+
+
+def space_of(outputs: Sequence[Output]) -> FlatSpace:
+    """Return the flat space `[Z]` of some outputs, at least one."""
+    return FlatSpace([o.shape for o in outputs], [o.dtype for o in outputs], outputs[0].device)
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Times, errors and memory of the products on one workload."""
 
 import contextlib
+import functools
 import gc
 import math
 import statistics
@@ -196,18 +197,19 @@ def _round(
 def _turn(workload: Workload, entry: _Entry, effort: Effort, generator: torch.Generator) -> None:
     one, device = entry.implementation, workload.device
     one.refresh()
-    entry.starts.append(_seconds(one.start, one.encode(workload.vector(generator)), device))
+    entry.starts.append(seconds(functools.partial(one.start, one.encode(workload.vector(generator))), device))
     taken: list[float] = []
     while len(taken) < effort.turn_products or sum(taken) < effort.turn_seconds:
-        taken.append(_seconds(one.product, one.encode(workload.vector(generator)), device))
+        taken.append(seconds(functools.partial(one.product, one.encode(workload.vector(generator))), device))
     entry.products += taken
     entry.spent += entry.starts[-1] + sum(taken)
 
 
-def _seconds(function: Callable[[Any], Any], v: Any, device: torch.device) -> float:
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how long a call takes, work that it queued on an accelerator included."""
     synchronize(device)
     start = time.perf_counter()
-    function(v)
+    function()
     synchronize(device)
     return time.perf_counter() - start
 

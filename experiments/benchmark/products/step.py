@@ -2,8 +2,6 @@
 
 import functools
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.benchmark.memory import peak_bytes
+from experiments.benchmark.products.measuring import seconds
 from experiments.benchmark.products.workloads import Workload
 from experiments.models import ToyMLP
 from hessfree import CG, KFAC, GaussNewton, HessianFree, Identity, LevenbergMarquardt
@@ -78,24 +77,25 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
         kept["operator"] = GaussNewton.from_loss(model, loss_fn, inputs, targets)
         return kept["operator"] @ v
 
+    clock = functools.partial(seconds, device=workload.device)
     generator = torch.Generator().manual_seed(0)
     times: dict[str, list[float]] = {name: [] for name in ("step", "reported", "closure", "setup", "product", "replay")}
     for index in range(rounds + 2):
-        found = {"step": _seconds(lambda: optimizer.step(closure))}
+        found = {"step": clock(functools.partial(optimizer.step, closure))}
         report = optimizer.last_step
         assert report is not None
         if index >= 2 and (report.iterations != PRODUCTS or report.evaluations != 1):
             raise RuntimeError(f"a step of {PRODUCTS} products and one replay was to be timed, and this came: {report}")
         found["reported"] = report.seconds_setup
-        found["closure"], found["replay"] = _seconds(closure), _seconds(replay)
+        found["closure"], found["replay"] = clock(closure), clock(replay)
         first, *vectors = (workload.vector(generator) for _ in range(PRODUCTS + 1))
-        begun = _seconds(functools.partial(start, first))
+        begun = clock(functools.partial(start, first))
         operator = kept["operator"]
-        found["product"] = statistics.median(_seconds(functools.partial(operator.__matmul__, v)) for v in vectors)
+        found["product"] = statistics.median(clock(functools.partial(operator.__matmul__, v)) for v in vectors)
         found["setup"] = max(0.0, begun - found["product"])
         if index >= 2:  # the first ones trace
-            for name, seconds in found.items():
-                times[name].append(seconds)
+            for name, taken in found.items():
+                times[name].append(taken)
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     least = min(medians["setup"], medians["reported"])
     parts = medians["closure"] + least + PRODUCTS * medians["product"] + medians["replay"]
@@ -157,9 +157,3 @@ def peak_ratio(workload: Workload, preconditioner: Preconditioner, steps: int) -
         gradient = peak_bytes(closure, workload.device)
     optimizer.zero_grad()
     return step / gradient
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
