@@ -1,12 +1,16 @@
 """Measure HessianFree against tuned rivals at equal seconds, its own parts against each other, or its product G v.
 
+The other commands are studies: one question about products with Jacobians each, with a table and a picture.
+
 python scripts/benchmark.py optimizers
 python scripts/benchmark.py optimizers --tune --trials 4 --problems digits
 python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
 python scripts/benchmark.py ablation --problems 8gaussians-stable
 python scripts/benchmark.py products --models toy784 conv --out runs/mine
+python scripts/benchmark.py matmul-vjp --quick --out runs/mine
 """
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +26,18 @@ try:
     from experiments.benchmark.products.workloads import NAMES
     from experiments.command_line import Parser
     from experiments.environment import UsageError
+    from experiments.studies import STUDIES
+    from experiments.studies.job import StudyJob
+    from experiments.studies.job import run as run_study
 except ModuleNotFoundError as error:
     print(f'benchmark.py: error: {error}; run in the clone: pip install -e ".[experiments]"', file=sys.stderr)
     sys.exit(2)
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "optimizers": (Job, run_optimizers),
     "ablation": (Job, run_ablation),
     "products": (ProductsJob, run_products),
+    **{name: (functools.partial(StudyJob, study=name), run_study) for name in STUDIES},
 }
 
 
@@ -83,6 +91,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     )
     products.add_argument("--models", nargs="+", metavar="NAME", help=f"{', '.join(NAMES)} [all]")
     products.add_argument("--implementations", nargs="+", metavar="NAME", help=f"{'; '.join(IMPLEMENTATIONS)} [all]")
+    for name, study in STUDIES.items():
+        one = commands.add_parser(name, parents=[every], allow_abbrev=False, help=study.question)
+        one.add_argument("--parts", nargs="+", metavar="NAME", help=f"{', '.join(study.parts)} [all]; others are kept")
+        one.add_argument("--memory-gb", type=float, metavar="GB", help="what one form may need [half of what is free]")
     words = vars(parser.parse_args(arguments))
     command = words.pop("command")
     return command, COMMANDS[command][0](**words)

@@ -1,6 +1,7 @@
 """The most memory that a function holds at one moment, counted by torch's own allocator."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") 
 
 
 def _peak_on_cpu(function: Callable[[], Any]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports each start and stop
     collecting = gc.isenabled()
     gc.disable()  # a cycle is memory that a caller would have to wait for, whenever the collector happens to run
     try:

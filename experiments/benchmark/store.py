@@ -28,6 +28,29 @@ def load(path: Path, environment: dict[str, Any], budgets: dict[str, float]) -> 
     Raises:
         UsageError: If the file cannot be read, or its runs cannot be compared with those to come.
     """
+    rows = read_rows(path, environment)
+    for row in rows:
+        if (seconds := budgets.get(row["problem"], row["budget_seconds"])) != row["budget_seconds"]:
+            raise UsageError(
+                f"{str(path)!r} holds runs of {row['budget_seconds']:g} s of {row['problem']}, and {seconds:g} s are "
+                f"asked for: they cannot be compared; give another --out, or --fresh"
+            )
+    return rows
+
+
+def read_rows(path: Path, environment: dict[str, Any]) -> list[Row]:
+    """Read the rows of an earlier sitting.
+
+    Args:
+        path: results.json.
+        environment: What timings depend on, here and now.
+
+    Returns:
+        The rows; none where there is no file.
+
+    Raises:
+        UsageError: If the file cannot be read, or was measured elsewhere.
+    """
     if not path.exists():
         return []
     try:
@@ -42,12 +65,6 @@ def load(path: Path, environment: dict[str, Any], budgets: dict[str, float]) -> 
             f"{str(path)!r} was measured with {name} {there.get(name)!r}, and this is {environment.get(name)!r}: their "
             f"seconds cannot be compared; give another --out, or --fresh"
         )
-    for row in rows:
-        if (seconds := budgets.get(row["problem"], row["budget_seconds"])) != row["budget_seconds"]:
-            raise UsageError(
-                f"{str(path)!r} holds runs of {row['budget_seconds']:g} s of {row['problem']}, and {seconds:g} s are "
-                f"asked for: they cannot be compared; give another --out, or --fresh"
-            )
     return rows
 
 

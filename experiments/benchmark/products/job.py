@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments.benchmark import store
 from experiments.benchmark.products import figure, report, step, workloads
 from experiments.benchmark.products.bars import judge
 from experiments.benchmark.products.implementations import IMPLEMENTATIONS, OURS, Product
 from experiments.benchmark.products.measuring import QUICK, Effort, Row, measure
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
+from experiments.timing import torch_threads
 
 _STEPS = 20
 
@@ -85,21 +84,14 @@ def run(job: ProductsJob) -> dict[str, Any]:
     ]
     out = prepare_directory(job.out if job.out is not None else Path("runs") / "products")
     _set_environment(job.threads)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
-    try:
+    with torch_threads(job.threads):
         environment: dict[str, Any] = describe(device) | {"cores": os.cpu_count(), "quick": job.quick}
         return _measure(job, models, absent, kinds, out, environment)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _set_environment(threads: int) -> None:
     # XLA's pools, which JAX computes with, read this when the first array is made
     os.environ["NPROC"] = str(threads)
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # torch's profiler, which counts memory, reports each start and stop
 
 
 def _measure(

@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-import gc
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from experiments.benchmark.memory import peak_bytes
 from experiments.benchmark.products.implementations import GRADIENT, OURS, Product, UnsupportedError
 from experiments.benchmark.products.workloads import Workload
 from experiments.environment import UsageError, synchronize
+from experiments.timing import few_objects, quartiles, rotated, seconds, without_collector
 from hessfree import GaussNewton
 
 Row = dict[str, Any]
@@ -104,7 +104,7 @@ def measure(
         if OURS not in {entry.implementation.name for entry in entries}:
             reasons = [row["reason"] for row in missing if row["implementation"] == OURS] or ["not asked for"]
             raise UsageError(f"{OURS} cannot be measured on {workload.name}: {reasons[0]}")
-        with _few_objects():
+        with few_objects():
             for index in range(effort.rounds):
                 _round(workload, entries, effort, index, generator)
             details = {entry.implementation.name: entry.implementation.detail for entry in entries}
@@ -186,11 +186,9 @@ def _round(
     workload: Workload, entries: Sequence[_Entry], effort: Effort, index: int, generator: torch.Generator
 ) -> None:
     workload.move(generator)
-    # each round begins with another one, so that no one always follows the same neighbour's warm or cold caches
-    shift = index % len(entries)
-    for entry in [*entries[shift:], *entries[:shift]]:
+    for entry in rotated(entries, index):
         if index < effort.least_rounds or entry.spent < effort.seconds:
-            with _without_collector():
+            with without_collector():
                 _turn(workload, entry, effort, generator)
 
 
@@ -203,15 +201,6 @@ def _turn(workload: Workload, entry: _Entry, effort: Effort, generator: torch.Ge
         taken.append(seconds(functools.partial(one.product, one.encode(workload.vector(generator))), device))
     entry.products += taken
     entry.spent += entry.starts[-1] + sum(taken)
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return how long a call takes, work that it queued on an accelerator included."""
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _peak(one: Product, generator: torch.Generator) -> int | None:
@@ -248,36 +237,6 @@ def _row(entry: _Entry, entries: Sequence[_Entry], peaks: dict[str, int | None])
         "setups": len(entry.starts),
         "is_product": entry.implementation.is_product,
     }
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the first and the third quartile, interpolated; of one value, that value twice."""
-    if len(values) == 1:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
-@contextlib.contextmanager
-def _few_objects() -> Generator[None]:
-    """Keep what exists out of the collector's sight, or each of its passes takes longer than what is measured."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _without_collector() -> Generator[None]:
-    """Collect garbage now, and not while the clock runs."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextlib.contextmanager

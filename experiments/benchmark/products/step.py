@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.benchmark.memory import peak_bytes
-from experiments.benchmark.products.measuring import seconds
 from experiments.benchmark.products.workloads import Workload
 from experiments.models import ToyMLP
+from experiments.timing import seconds
 from hessfree import CG, KFAC, GaussNewton, HessianFree, Identity, LevenbergMarquardt
 from hessfree.preconditioners import Preconditioner
 

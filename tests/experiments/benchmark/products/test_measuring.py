@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.benchmark.products import bars, report, step
 from experiments.benchmark.products.implementations import FLOOR, GRADIENT, IMPLEMENTATIONS, OURS, Product
-from experiments.benchmark.products.measuring import QUICK, Effort, Truth, measure, quartiles
+from experiments.benchmark.products.measuring import QUICK, Effort, Truth, measure
 from experiments.environment import UsageError
 from tests.experiments.benchmark.products.tiny import dense, make
 
@@ -102,11 +102,6 @@ def test_without_ours_there_is_nothing_to_compare_with() -> None:
 def test_an_effort_that_measures_nothing(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="1 or more"):
         Effort(**settings)
-
-
-def test_quartiles() -> None:
-    assert quartiles([3.0]) == (3.0, 3.0)
-    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 4.0)
 
 
 def row(model: str, name: str, median: float, **others: Any) -> dict[str, Any]:
