@@ -15,7 +15,11 @@ _SETUP, _PEAK, _STEP_PEAK, _STEP = 0.5, 1.3, 2.0, 1.15
 
 
 def judge(
-    rows: Sequence[Row], step: dict[str, Any] | None, step_peaks: dict[str, dict[str, float]], limits: bool = True
+    rows: Sequence[Row],
+    step: dict[str, Any] | None,
+    step_peaks: dict[str, dict[str, float]],
+    step_setups: dict[str, float],
+    limits: bool = True,
 ) -> list[Bar]:
     """Compute every bar that the rows allow.
 
@@ -23,6 +27,7 @@ def judge(
         rows: Of any models and implementations.
         step: What `step.measure` returned; None: not measured.
         step_peaks: What `step.peak_ratios` returned, by model.
+        step_setups: What `step.setup_ratio` returned, by model.
         limits: Whether the workloads are those that the limits were set for.
 
     Returns:
@@ -47,9 +52,11 @@ def judge(
         bars.append(_bar("curvlinops / product", model, times, _CURVLINOPS_OVER.get(model), below=False))
         bars.append(_bar("product / gradient", model, ours / gradient, None))
         if row is not None:
-            bars.append(_bar("set-up / gradient", model, row["setup_ms"] / gradient, _SETUP))
+            bars.append(_bar("set-up by from_loss / gradient", model, row["setup_ms"] / gradient, None))
             peak = row["peak_ratio"]
             bars.append(_bar("peak memory of a product / gradient's", model, math.nan if peak is None else peak, _PEAK))
+        if model in step_setups:
+            bars.append(_bar("set-up of a step / gradient", model, step_setups[model], _SETUP))
         for name, ratio in step_peaks.get(model, {}).items():
             bars.append(_bar(f"peak memory of a step ({name}) / gradient's", model, ratio, _STEP_PEAK))
     if step is not None:

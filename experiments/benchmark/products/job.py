@@ -110,17 +110,19 @@ def _measure(
     for name, reason in absent.items():
         content["missing"] += [{"model": name, "implementation": kind.name, "reason": reason} for kind in kinds]
     peaks: dict[str, dict[str, float]] = {}
+    setups: dict[str, float] = {}
     memory = choose_device(job.device).type in {"cpu", "cuda"}
     for name, workload in models.items():
         print(f"{workload.title}: {len(kinds)} implementations, {job.threads} threads", flush=True)
         found, missing = measure(workload, kinds, QUICK if job.quick else Effort())
         rows += found
         content["missing"] += missing
+        setups[name] = step.setup_ratio(workload, 1 if job.quick else _STEPS)
         if memory and not (job.quick and peaks):  # one model shows that it runs
             peaks[name] = step.peak_ratios(workload, 1 if job.quick else 2)
-        store.write_json(path, content | {"bars": judge(rows, None, peaks, not job.quick)})
+        store.write_json(path, content | {"bars": judge(rows, None, peaks, setups, not job.quick)})
     content["step"] = step.measure(step.make(job.quick, job.device), 1 if job.quick else _STEPS)
-    content["bars"] = judge(rows, content["step"], peaks, not job.quick)
+    content["bars"] = judge(rows, content["step"], peaks, setups, not job.quick)
     store.write_json(path, content)
     _show(out, path, content)
     return content

@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,12 +61,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
         preconditioner=Identity(),
         damping_rule=LevenbergMarquardt(every=1),
     )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_fn(model(inputs), targets)
-        loss.backward()
-        return loss
+    closure = _closure(workload, optimizer)
 
     def replay() -> Tensor:
         with torch.no_grad():
@@ -113,6 +109,34 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     }
 
 
+def setup_ratio(workload: Workload, rounds: int) -> float:
+    """Return what a step spends on its linearization at new parameters, over one gradient.
+
+    A step has evaluated the network and its loss for the gradient already, and takes what it needs from there.
+
+    Args:
+        workload: The network and batch; its parameters move.
+        rounds: Steps, in turn with as many gradients.
+
+    Returns:
+        Median seconds over median seconds.
+    """
+    optimizer = HessianFree(workload.model.parameters(), solver=CG(max_iterations=1), preconditioner=Identity())
+    closure = _closure(workload, optimizer)
+    setups, gradients = [], []
+    with sdpa_kernel(SDPBackend.MATH):
+        for index in range(rounds + 2):
+            optimizer.step(closure)
+            gradient = seconds(closure, workload.device)
+            report = optimizer.last_step
+            assert report is not None
+            if index >= 2:  # the first ones trace
+                setups.append(report.seconds_setup)
+                gradients.append(gradient)
+    optimizer.zero_grad()
+    return statistics.median(setups) / statistics.median(gradients)
+
+
 def peak_ratios(workload: Workload, steps: int = 2) -> dict[str, float]:
     """Return the peaks of a step with the default preconditioner and with none, over that of one gradient.
 
@@ -140,15 +164,8 @@ def peak_ratio(workload: Workload, preconditioner: Preconditioner, steps: int) -
     Returns:
         Bytes over bytes, both above what is held between steps.
     """
-    model, loss_fn = workload.model, workload.loss
-    optimizer = HessianFree(model.parameters(), preconditioner=preconditioner)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_fn(model(workload.inputs), workload.targets)
-        loss.backward()
-        return loss
-
+    optimizer = HessianFree(workload.model.parameters(), preconditioner=preconditioner)
+    closure = _closure(workload, optimizer)
     with sdpa_kernel(SDPBackend.MATH):
         for _ in range(steps):
             optimizer.step(closure)
@@ -157,3 +174,13 @@ def peak_ratio(workload: Workload, preconditioner: Preconditioner, steps: int) -
         gradient = peak_bytes(closure, workload.device)
     optimizer.zero_grad()
     return step / gradient
+
+
+def _closure(workload: Workload, optimizer: HessianFree) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = workload.loss(workload.model(workload.inputs), workload.targets)
+        loss.backward()
+        return loss
+
+    return closure

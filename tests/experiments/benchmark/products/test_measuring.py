@@ -132,14 +132,15 @@ ROWS = [
 
 
 def test_bars() -> None:
-    judged = bars.judge(ROWS, {"model": "x", "ratio": 1.1}, {"toy784": {"K-FAC": 2.5}})
+    judged = bars.judge(ROWS, {"model": "x", "ratio": 1.1}, {"toy784": {"K-FAC": 2.5}}, {"toy784": 0.25})
     found = {(bar["bar"], bar["model"]): (bar["value"], bar["limit"], bar["met"]) for bar in judged}
     assert found == {
         ("product / GEMM floor", "toy784"): (1.25, 1.15, False),
         ("product / best of JAX", "toy784"): (0.8, 1.0, True),
         ("curvlinops / product", "toy784"): (7.5, 7.0, True),
         ("product / gradient", "toy784"): (0.5, None, None),
-        ("set-up / gradient", "toy784"): (0.25, 0.5, True),
+        ("set-up of a step / gradient", "toy784"): (0.25, 0.5, True),
+        ("set-up by from_loss / gradient", "toy784"): (0.25, None, None),
         ("peak memory of a product / gradient's", "toy784"): (1.5, 1.3, False),
         ("peak memory of a step (K-FAC) / gradient's", "toy784"): (2.5, 2.0, False),
         ("step / sum of its parts", "x"): (1.1, 1.15, True),
@@ -157,8 +158,8 @@ def test_tables_name_what_is_missing() -> None:
     assert "absent: pip install backpack" in absent
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    judged = bars.judge(ROWS, None, {})
-    assert all(bar["limit"] is None and bar["met"] is None for bar in bars.judge(ROWS, None, {}, limits=False))
+    judged = bars.judge(ROWS, None, {}, {})
+    assert all(bar["limit"] is None and bar["met"] is None for bar in bars.judge(ROWS, None, {}, {}, limits=False))
     assert "| product / GEMM floor | ToyMLP | 1.25 | at most 1.15 | **missed** |" in report.bars_table(
         judged, {"toy784": "ToyMLP", "resnet18": "ResNet"}
     )

@@ -48,7 +48,7 @@ def test_writes_what_it_prints(
     reason = "absent: pip install backpack-for-pytorch"
     assert content["missing"] == [{"model": "toy2", "implementation": "BackPACK", "reason": reason}]
     assert reason in output and "ToyMLP 2, w 64, N 32" in output
-    assert "set-up / gradient" in output and {bar["model"] for bar in content["bars"]} >= {"toy2"}
+    assert "set-up of a step / gradient" in output and {bar["model"] for bar in content["bars"]} >= {"toy2"}
     assert (tmp_path / "table.md").read_text().strip() in output
     assert (tmp_path / "products.png").stat().st_size > 5_000 and str(tmp_path / "products.png") in output
 
