@@ -19,7 +19,7 @@ from hessfree.momentum import QuadraticModelMomentum
 from hessfree.operators import EmpiricalFisher, GaussNewton, Hessian, JacobianGram, MonteCarloFisher
 from hessfree.optimizer import HessianFree
 from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, InputMoments, Jacobi, Nystrom, Woodbury
-from hessfree.recording import mark_outputs
+from hessfree.recording import is_replaying, mark_outputs
 from hessfree.report import StepReport
 from hessfree.solvers import CG, DenseCholesky, EisenstatWalker, RootGradientNorm
 
@@ -49,6 +49,7 @@ __all__ = [
     "RootGradientNorm",
     "StepReport",
     "Woodbury",
+    "is_replaying",
     "linearize",
     "mark_outputs",
 ]

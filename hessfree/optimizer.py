@@ -34,6 +34,7 @@ from hessfree.recording import (
     record,
     replay,
     twice_differentiable,
+    unseen,
 )
 from hessfree.report import StepReport
 from hessfree.settings import Precision, Settings, StepNorm
@@ -221,7 +222,7 @@ class HessianFree(Optimizer):
             raise
         seconds = time.perf_counter() - started
         try:
-            with torch.no_grad(), twice_differentiable(), autocast_as((), parameters.device):
+            with torch.no_grad(), twice_differentiable(), autocast_as((), parameters.device), unseen():
                 outcome = attempt.run()
         except BaseException:
             attempt.restore()

@@ -8,6 +8,7 @@ from hessfree.recording.checks import check_one_process, check_reached
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.leaf_hooks import leaf_hooks_off
+from hessfree.recording.onlookers import is_replaying, unseen
 from hessfree.recording.random_state import RandomState
 from hessfree.recording.tail import Tail
 from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
@@ -38,6 +39,7 @@ __all__ = [
     "collect_marks",
     "explains_gradient",
     "find_cut",
+    "is_replaying",
     "leaf_hooks_off",
     "make_cut",
     "mark_outputs",
@@ -46,4 +48,5 @@ __all__ = [
     "space_of",
     "trace_loss",
     "twice_differentiable",
+    "unseen",
 ]

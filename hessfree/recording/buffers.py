@@ -71,6 +71,5 @@ class BufferStates:
 
 def _taken_down(module: nn.Module) -> dict[str, tuple[Tensor, Tensor] | None]:
     return {
-        name: None if buffer is None else (buffer, buffer.detach().clone())
-        for name, buffer in module._buffers.items()
+        name: None if buffer is None else (buffer, buffer.detach().clone()) for name, buffer in module._buffers.items()
     }

@@ -80,9 +80,7 @@ def find_cut(recording: Trace, parameters: ParameterVector, model: nn.Module | N
     marks = _distinct([_Candidate(None, i, o) for i, o in enumerate(recording.marks)])
     level = list(recording.roots) if model is None else _calls_of(recording.roots, model)
     while True:
-        candidates = _distinct(
-            marks + [_Candidate(call, i, o) for call in level for i, o in enumerate(call.outputs)]
-        )
+        candidates = _distinct(marks + [_Candidate(call, i, o) for call in level for i, o in enumerate(call.outputs)])
         tail = Tail(recording.loss, [c.output for c in candidates], params)
         used = [c for c, g in zip(candidates, tail.gradients, strict=True) if g is not None]
         bends = _bends(tail)

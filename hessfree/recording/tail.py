@@ -171,4 +171,3 @@ def _stopper(numbers: set[int]) -> Any:
         return tuple(None if i in numbers else g for i, g in enumerate(gradients))
 
     return stop
-
