@@ -197,9 +197,7 @@ class Attempt:
 
     def _linearise(self) -> Curvature:
         seed = (self._settings.seed * 1_000_003 + self._number) % 2**63
-        curvature = self._builder.build(
-            self._recording, self._parameters, seed, self._warn, self._scale, self._shifts
-        )
+        curvature = self._builder.build(self._recording, self._parameters, seed, self._warn, self._scale, self._shifts)
         self._facts |= {"backend": curvature.backend, "cut": curvature.cut, "curvature_samples": curvature.samples}
         return curvature
 

@@ -124,9 +124,7 @@ def _embedding_rows(module: nn.Embedding, x: Tensor) -> Rows:
     counts = torch.bincount(x.reshape(-1), minlength=module.num_embeddings).to(module.weight.dtype)
     if module.padding_idx is not None:
         counts[module.padding_idx] = 0
-    return Rows(
-        (counts / max(x.numel(), 1)).unsqueeze(0), lambda g: g.reshape(1, -1, g.shape[-1]), one_hot=True
-    )
+    return Rows((counts / max(x.numel(), 1)).unsqueeze(0), lambda g: g.reshape(1, -1, g.shape[-1]), one_hot=True)
 
 
 def _norm_parts(module: nn.Module) -> list[Part]:

@@ -62,9 +62,7 @@ class Nystrom(Refresh):
         operator = GaussNewton(network, sample.hessian, sample.parameters)
         rank = min(self.rank, operator.size)
         generator = torch.Generator(operator.device).manual_seed(sample.seed)
-        drawn = torch.randn(
-            operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device
-        )
+        drawn = torch.randn(operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device)
         test, _ = torch.linalg.qr(drawn)
         product = operator @ test
         # a shift of the size of rounding makes the core safely positive definite; it is taken off again below

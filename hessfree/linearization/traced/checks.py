@@ -60,9 +60,7 @@ class Constant:
         """Tell whether the attribute still holds the same tensor, unwritten."""
         leaves = tree_leaves(self._holder.get(self._name))
         return (
-            self._leaf < len(leaves)
-            and leaves[self._leaf] is self._tensor
-            and self._tensor._version == self._version
+            self._leaf < len(leaves) and leaves[self._leaf] is self._tensor and self._tensor._version == self._version
         )
 
 
