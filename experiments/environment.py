@@ -8,26 +8,27 @@ from pathlib import Path
 
 import torch
 
-# Import names of what `pip install -e ".[experiments]"` brings (torchvision serves data sets only: not needed here).
-EXTRAS = ("matplotlib", "sklearn", "tensorboard", "torchdiffeq")
+# Import names of what `pip install -e ".[experiments]"` brings.
+EXTRAS = ("matplotlib", "ot", "sklearn", "tensorboard", "torchdiffeq", "tqdm")
 
 
 class UsageError(ValueError):
     """Wrong input from the user: the message names the value, the reason and the cure in one line."""
 
 
-def require_extras(names: Iterable[str] = EXTRAS) -> None:
+def require_extras(names: Iterable[str] = EXTRAS, extra: str = "experiments") -> None:
     """Check that the optional packages are there before an hour is spent on training.
 
     Args:
         names: Import names of top-level packages.
+        extra: The extra of this project that brings them.
 
     Raises:
         UsageError: If one is missing.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f'not installed: {", ".join(missing)}; run: pip install -e ".[experiments]"')
+        raise UsageError(f'not installed: {", ".join(missing)}; run: pip install -e ".[{extra}]"')
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import data
+from experiments.paths import STRAIGHT
 from experiments.problems import Problem
 from experiments.problems.flow import FlowMatching
 
@@ -28,9 +29,10 @@ def known_data(problem: Problem) -> str | None:
 
     Returns:
         A name, which a record of settings can hold where 4096 points cannot. None where rows are fixed, and have
-        moments of their own, and for data that have no name on the command line.
+        moments of their own, for paths that are not `STRAIGHT`, and for data that have no name on the command line.
     """
-    name = problem.dataset.name if isinstance(problem, FlowMatching) else None
+    # The moments' formula is that of straight paths at uniform times.
+    name = problem.dataset.name if isinstance(problem, FlowMatching) and problem.paths == STRAIGHT else None
     return name if name in data.NAMES else None
 
 

@@ -1,7 +1,9 @@
 """Flow matching with a `ToyMLP`: the raw target x1 - x0, a target with less noise, and fixed rows without noise."""
 
 import functools
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 
 from experiments import flow_matching
 from experiments.data import Dataset
+from experiments.environment import UsageError
 from experiments.flow_matching import Batch, BatchStream, Evaluation, sample_batch
 from experiments.models import ToyMLP
+from experiments.paths import STRAIGHT, Paths
 from experiments.problems.base import Stream
 from experiments.problems.rows import FixedRows
 from experiments.problems.seeding import seeded
@@ -31,11 +35,15 @@ class _VelocityField:
         dataset: The data.
         evaluation: The fixed points of judgement.
         device: Where the training runs.
+        width: Of the network's hidden layers.
+        n_hidden: Number of these.
     """
 
     dataset: Dataset
     evaluation: Evaluation
     device: torch.device
+    width: int = field(default=64, kw_only=True)
+    n_hidden: int = field(default=3, kw_only=True)
 
     @property
     def dim(self) -> int:
@@ -51,7 +59,9 @@ class _VelocityField:
         Returns:
             The network, on the device.
         """
-        return seeded(lambda: ToyMLP(self.dim, time_varying=True), seed, self.device)
+        return seeded(
+            lambda: ToyMLP(self.dim, w=self.width, n_hidden=self.n_hidden, time_varying=True), seed, self.device
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Give mean (v - u)² over rows and components.
@@ -68,40 +78,66 @@ class _VelocityField:
 
 @dataclass(frozen=True)
 class FlowMatching(_VelocityField):
-    """The raw target x1 - x0 on rows that never end, as everyone trains it."""
+    """The raw target x1 - x0 on rows that never end, as everyone trains it.
+
+    Attributes:
+        paths: Between noise and data.
+    """
+
+    paths: Paths = field(default=STRAIGHT, kw_only=True)
 
     @classmethod
-    def of(cls, dataset: Dataset, device: torch.device) -> Self:
+    def of(
+        cls,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        paths: Paths = STRAIGHT,
+        width: int = 64,
+        n_hidden: int = 3,
+    ) -> Self:
         """Set up the points of judgement.
 
         Args:
             dataset: The data.
             device: Where the training runs.
+            paths: Between noise and data.
+            width: Of the network's hidden layers.
+            n_hidden: Number of these.
 
         Returns:
             The problem.
         """
-        return cls(dataset, Evaluation.of(dataset, device), device)
+        evaluation = Evaluation.of(dataset, device, paths=paths)
+        return cls(dataset, evaluation, device, paths=paths, width=width, n_hidden=n_hidden)
 
     @property
     def name(self) -> str:
-        """The data set's name."""
-        return self.dataset.name
+        """The data set's name, with what is unusual of its paths."""
+        return f"{self.dataset.name}{self.paths.suffix}"
 
     @property
     def score(self) -> str:
-        """The figure that suits the data set."""
-        return self.dataset.score
+        """The figure that suits the data set; where the exact field is not known, the loss on held-out rows."""
+        return self.dataset.score if self.paths.independent else "holdout_loss"
 
     @property
     def rows(self) -> int | None:
         """No row comes twice."""
         return None
 
-    @property
+    @functools.cached_property
     def noise_floor(self) -> float:
-        """The mean square of the target's noise, below which no training loss stays."""
-        return self.evaluation.noise_floor
+        """The mean square of the target's noise, below which no training loss stays; NaN where it is not known."""
+        usual = self.paths.times == "uniform" or self.evaluation.expectation is None
+        return self.evaluation.noise_floor if usual else self._noise_of(lambda batch: batch)
+
+    def _noise_of(self, target: Callable[[Batch], Batch]) -> float:
+        """Estimate the noise of a target on 16384 rows of their own."""
+        generator = torch.Generator().manual_seed(_FLOOR_SEED)
+        rows = target(sample_batch(self.dataset, _FLOOR_ROWS, generator, paths=self.paths))
+        exact = self.dataset.conditional_expectation(rows.x_t, rows.t, self.paths.sigma)
+        return (rows.u - exact).square().mean().item()
 
     def stream(self, seed: int) -> Stream:
         """Start the sequence of training rows.
@@ -112,7 +148,7 @@ class FlowMatching(_VelocityField):
         Returns:
             The stream, at its beginning.
         """
-        return BatchStream(self.dataset, seed, self.device)
+        return BatchStream(self.dataset, seed, self.device, paths=self.paths)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Judge the network on fixed points.
@@ -121,7 +157,7 @@ class FlowMatching(_VelocityField):
             model: The network.
 
         Returns:
-            `excess_loss` and `holdout_loss`, see `Evaluation`; the same for every target.
+            What `Evaluation.losses` says; the same for every target.
         """
         return self.evaluation.losses(model)
 
@@ -130,16 +166,27 @@ class FlowMatching(_VelocityField):
 class StableFlowMatching(FlowMatching):
     """The same points, times and data as `FlowMatching` for a seed, with the Rao-Blackwellised target."""
 
+    def __post_init__(self) -> None:
+        """Check that the target is unbiased on these paths.
+
+        Raises:
+            UsageError: If noise and data are coupled, or a path has noise of its own.
+        """
+        if not self.paths.independent or self.paths.sigma:
+            raise UsageError(
+                f"--target stable is unbiased for independent pairs and straight paths alone, and these are "
+                f"--coupling {self.paths.coupling} --sigma {self.paths.sigma:g}; take --target raw"
+            )
+
     @property
     def name(self) -> str:
         """The data set's name with the target's."""
-        return f"{self.dataset.name}-stable"
+        return f"{self.dataset.name}-stable{self.paths.suffix}"
 
     @functools.cached_property
     def noise_floor(self) -> float:
-        """The mean square of this target's noise, estimated on 16384 rows of their own."""
-        rows = stable_target(sample_batch(self.dataset, _FLOOR_ROWS, torch.Generator().manual_seed(_FLOOR_SEED)))
-        return (rows.u - self.dataset.conditional_expectation(rows.x_t, rows.t)).square().mean().item()
+        """The mean square of this target's noise."""
+        return self._noise_of(stable_target) if self.dataset.knows_expectation else math.nan
 
     def stream(self, seed: int) -> Stream:
         """Start the sequence of training rows.
@@ -150,7 +197,7 @@ class StableFlowMatching(FlowMatching):
         Returns:
             The stream, at its beginning.
         """
-        return BatchStream(self.dataset, seed, self.device, stable_target)
+        return BatchStream(self.dataset, seed, self.device, stable_target, self.paths)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from experiments.data import FiniteSet
 from experiments.environment import UsageError
 
 
-@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("name", data.OFFLINE)
 def test_samples(name: str) -> None:
     dataset = data.load(name)
     assert dataset.name == name

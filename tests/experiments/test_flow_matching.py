@@ -1,9 +1,8 @@
 import pytest
 import torch
-from torch import Tensor
 
 from experiments import data, flow_matching
-from experiments.flow_matching import Batch, BatchStream, Evaluation, generate, sample_batch
+from experiments.flow_matching import Batch, BatchStream, Evaluation, sample_batch
 from experiments.models import ToyMLP
 
 
@@ -70,41 +69,3 @@ def test_evaluation_is_the_same_every_time() -> None:
     first, second = (Evaluation.of(data.load("digits"), n=300) for _ in range(2))
     assert first.holdout_loss(field) == second.holdout_loss(field)
     assert first.excess_loss(field) == second.excess_loss(field)
-
-
-@pytest.mark.parametrize("method", ["midpoint", "rk4"])
-def test_exact_field_generates_the_data(method: str) -> None:
-    dataset = data.load("8gaussians")
-    samples = generate(
-        dataset.conditional_expectation, 4000, 2, torch.Generator().manual_seed(0), steps=40, method=method
-    )
-    distance = torch.cdist(samples, dataset.means.float())  # type: ignore[attr-defined]
-    nearest, counts = distance.argmin(1).unique(return_counts=True)
-    assert len(nearest) == 8 and (counts > 400).all()
-    assert distance.min(1).values.square().mean().item() == pytest.approx(2 * 0.1**0.5, rel=0.1)
-
-
-def test_order_of_the_sampler() -> None:
-    def field(x: Tensor, t: Tensor) -> Tensor:
-        return x * t  # x(1) = x(0) exp(1/2)
-
-    def error(steps: int, method: str) -> float:
-        start = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-        samples = generate(field, 5, 3, torch.Generator().manual_seed(0), steps=steps, method=method)
-        return (samples / start - torch.e**0.5).abs().max().item()
-
-    assert 3.5 < error(4, "midpoint") / error(8, "midpoint") < 4.6
-    assert error(8, "rk4") < error(8, "midpoint") / 50
-
-
-def test_samples_are_reproducible() -> None:
-    torch.manual_seed(0)
-    field = ToyMLP(2, time_varying=True)
-    one, two, other = (generate(field, 8, 2, torch.Generator().manual_seed(seed), steps=3) for seed in (1, 1, 2))
-    assert torch.equal(one, two) and not torch.equal(one, other)
-    assert not one.requires_grad
-
-
-def test_no_steps() -> None:
-    with pytest.raises(ValueError, match="steps=0"):
-        generate(lambda x, t: x, 1, 2, torch.Generator(), steps=0)

@@ -2,9 +2,9 @@
 
 import torch
 
-from experiments.flow_matching import join
 from experiments.models import ToyMLP
 from experiments.moments import flow_matching_moments, flow_matching_moments_of
+from experiments.paths import STRAIGHT
 from hessfree.preconditioners import KFAC, InputMoments
 
 
@@ -31,7 +31,7 @@ def test_exactly_for_one_point() -> None:
 def test_against_batches_of_the_experiment() -> None:
     points, n = data(), 400_000
     generator = torch.Generator().manual_seed(1)
-    batch = join(points[torch.randint(len(points), (n,), generator=generator)], generator)
+    batch = STRAIGHT.join(points[torch.randint(len(points), (n,), generator=generator)], generator)
     drawn = torch.cat([batch.x_t, batch.t], 1).double()
     sampled, exact = InputMoments.of(drawn), flow_matching_moments_of(points)
     error = (drawn.std(0) / n**0.5) * 5

@@ -59,5 +59,5 @@ def test_names() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UsageError, match="'mnist' is unknown.*8gaussians"):
-        make("mnist")
+    with pytest.raises(UsageError, match="'spirals' is unknown.*8gaussians"):
+        make("spirals")

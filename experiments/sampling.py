@@ -1,0 +1,81 @@
+"""Samples of a velocity field: normal noise carried along it from t = 0 to t = 1. torchdiffeq does the solving."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from experiments.environment import UsageError
+from experiments.flow_matching import Field
+
+Method = Literal["euler", "midpoint", "rk4", "dopri5"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A rule for the ordinary differential equation dx/dt = v(x, t).
+
+    Attributes:
+        method: "euler", "midpoint" or "rk4" take equal steps of one, two or four evaluations of the field; "dopri5"
+            (Dormand and Prince 1980) chooses its steps by an error estimate.
+        steps: Number of equal steps; "dopri5" does not ask for it.
+        tolerance: Of "dopri5", relative and absolute, a step.
+    """
+
+    method: Method = "midpoint"
+    steps: int = 50
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            UsageError: If one makes no sense.
+        """
+        if self.method not in METHODS:
+            raise UsageError(f"--sampler {self.method!r} is unknown; choose one of: {', '.join(METHODS)}")
+        if self.steps < 1:
+            raise UsageError(f"--sampler-steps {self.steps} does not lead from t = 0 to t = 1; give a positive number")
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise UsageError(f"--sampler-tolerance {self.tolerance:g} bounds no error; give a positive number")
+
+    @torch.no_grad()
+    def carry(self, field: Field, x0: Tensor) -> Tensor:
+        """Carry points along the field.
+
+        Args:
+            field: The velocity field v(x, t), called with a scalar t.
+            x0: Where the points are at t = 0, `[n, D]`.
+
+        Returns:
+            Where they are at t = 1, `[n, D]`. NaN where the field diverges, which "dopri5" cannot follow.
+        """
+        from torchdiffeq import odeint
+
+        adaptive = self.method == "dopri5"
+        times = torch.linspace(0, 1, 2 if adaptive else self.steps + 1, device=x0.device)
+        bounds = {"rtol": self.tolerance, "atol": self.tolerance} if adaptive else {}
+        try:
+            return odeint(lambda t, x: field(x, t), x0, times, method=self.method, **bounds)[-1]
+        except AssertionError:  # torchdiffeq's word for a step that underflows, or for values that are not finite
+            return torch.full_like(x0, torch.nan)
+
+    def generate(
+        self, field: Field, n: int, dim: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Draw samples.
+
+        Args:
+            field: The velocity field v(x, t).
+            n: Number of samples.
+            dim: Their dimension D.
+            generator: Draws the noise, on the CPU: every device, and every field, starts from the same points.
+            device: Where the field lives.
+
+        Returns:
+            Samples, `[n, dim]`, on `device`.
+        """
+        return self.carry(field, torch.randn(n, dim, generator=generator).to(device))
