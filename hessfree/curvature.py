@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.curvature_batch import chunks, leading_rows
-from hessfree.linearization import Evaluation, Linearization, TraceCache, choose, linearize_in_chunks
+from hessfree.linearization import (
+    ChunkedLinearization,
+    Evaluation,
+    Linearization,
+    TraceCache,
+    choose,
+    linearize_in_chunks,
+)
 from hessfree.losses import OutputHessian
 from hessfree.operators import GaussNewton, Hessian, SymmetricOperator
 from hessfree.preconditioners import Sample
 from hessfree.recording import (
     Cut,
     CutPlace,
+    Output,
     Owners,
     Path,
     Recording,
@@ -126,7 +134,13 @@ class CurvatureBuilder:
         part = None if evaluation.rows is None else evaluation.samples
         hessian = OutputHessian.of(cut) if part is None else OutputHessian.of(cut).leading(part)
         hessian = hessian.in_precision_of(linearization.space)
-        operator = GaussNewton(linearization, hessian, parameters, cut.tail if cut.tail.has_direct else None)
+        chunked = isinstance(linearization, ChunkedLinearization)
+
+        def outputs() -> Sequence[Output] | None:
+            return None if chunked or evaluation.network is None else evaluation.network.outputs
+
+        direct = cut.tail if cut.tail.has_direct else None
+        operator = GaussNewton(linearization, hessian, parameters, direct, outputs)
 
         def sample() -> Sample:
             network = evaluation.network

@@ -24,6 +24,7 @@ ROOMS = (
     "recording",
     "losses",
     "linearization",
+    "rows",
     "operators",
     "solvers",
     "preconditioners",

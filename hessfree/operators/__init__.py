@@ -1,20 +1,26 @@
 """Curvature matrices as operators: `A @ v`, `A.to_dense()`, `A.diagonal()`, `A.trace()`, `A.to_scipy()`."""
 
-from hessfree.operators.base import LinearOperator, SymmetricOperator
+from hessfree.operators.base import LinearOperator, LowRank, SymmetricOperator
 from hessfree.operators.deferred import Deferred
 from hessfree.operators.empirical_fisher import EmpiricalFisher
+from hessfree.operators.factored_root import FactoredRoot
 from hessfree.operators.fisher import MonteCarloFisher
 from hessfree.operators.gauss_newton import GaussNewton
 from hessfree.operators.hessian import Hessian
 from hessfree.operators.jacobian_gram import JacobianGram
+from hessfree.operators.root import ProductRoot, Root
 
 __all__ = [
     "Deferred",
     "EmpiricalFisher",
+    "FactoredRoot",
     "GaussNewton",
     "Hessian",
     "JacobianGram",
     "LinearOperator",
+    "LowRank",
     "MonteCarloFisher",
+    "ProductRoot",
+    "Root",
     "SymmetricOperator",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from hessfree.linearization import call_model
 from hessfree.operators.scipy_view import scipy_view
 from hessfree.recording import CallTree, Cut, Owners, Trace, find_cut, make_cut, trace_loss
 from hessfree.vectors import ParameterVector
+
+if TYPE_CHECKING:
+    from hessfree.operators.root import Root
 
 
 class LinearOperator(abc.ABC):
@@ -131,6 +134,18 @@ class LinearOperator(abc.ABC):
         return scipy_view(self)
 
 
+class LowRank(NamedTuple):
+    """A symmetric matrix as UᵀU + diag(d).
+
+    Attributes:
+        root: U.
+        diagonal: d, a number or `[P]`.
+    """
+
+    root: Root
+    diagonal: float | Tensor
+
+
 class SymmetricOperator(LinearOperator):
     """A symmetric P×P matrix that is never formed unless asked for.
 
@@ -158,6 +173,15 @@ class SymmetricOperator(LinearOperator):
     def scaled(self, factor: float) -> SymmetricOperator:
         """Return `factor` times this operator."""
         return self if factor == 1 else _Scaled(self, factor)
+
+    def low_rank(self) -> LowRank:
+        """Return the matrix as UᵀU + diag(d), for solvers that work in the space of the rows of U.
+
+        Raises:
+            ValueError: The operator knows its products only.
+        """
+        name = type(self).__name__
+        raise ValueError(f"{name} is no Gram matrix of known rows; use solver=CG(), which needs products only")
 
     def to_dense(self) -> Tensor:
         """Return the matrix `[P, P]`, formed from P products and made exactly symmetric."""
@@ -201,6 +225,12 @@ class _Scaled(SymmetricOperator):
 
     def quadratic_form(self, vectors: Tensor) -> Tensor:
         return self._factor * self._operator.quadratic_form(vectors)
+
+    def low_rank(self) -> LowRank:
+        root, diagonal = self._operator.low_rank()
+        if self._factor < 0:
+            return super().low_rank()
+        return LowRank(root.scaled(self._factor**0.5), self._factor * diagonal)
 
     def to_dense(self) -> Tensor:
         return self._factor * self._operator.to_dense()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hessfree.operators.base import SymmetricOperator
+from hessfree.operators.base import LowRank, SymmetricOperator
 from hessfree.vectors import FlatSpace
 
 
@@ -34,6 +34,10 @@ class Deferred(SymmetricOperator):
     def to_dense(self) -> Tensor:
         """Return the matrix `[P, P]`, as the operator itself forms it."""
         return self._build().to_dense()
+
+    def low_rank(self) -> LowRank:
+        """Return UᵀU + diag(d), as the operator itself knows it."""
+        return self._build().low_rank()
 
     def diagonal(self) -> Tensor:
         """Return the exact diagonal `[P]`, as the operator itself forms it."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessfree.linearization import ChunkedLinearization, Linearization, check_backend, linearize, linearize_recorded
+from hessfree.linearization import (
+    ChunkedLinearization,
+    Linearization,
+    check_backend,
+    linearize_recorded,
+    run_model,
+)
 from hessfree.losses import DiagonalForm, Form, OutputHessian
-from hessfree.operators.base import SymmetricOperator, cut_trace, trace_model
+from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace, trace_model
 from hessfree.operators.divided_loss import trace_divided
+from hessfree.operators.factored_root import FactoredRoot
+from hessfree.operators.root import ProductRoot
 from hessfree.operators.rows import unit_rows
-from hessfree.recording import Tail
+from hessfree.recording import Output, Tail
+from hessfree.rows import OutputGraph
 from hessfree.vectors import ParameterVector
 
 
@@ -39,6 +48,7 @@ class GaussNewton(SymmetricOperator):
         output_hessian: OutputHessian | None,
         parameters: ParameterVector,
         direct: Tail | None = None,
+        network: Callable[[], Sequence[Output] | None] = lambda: None,
     ) -> None:
         """Compose the operator.
 
@@ -47,12 +57,15 @@ class GaussNewton(SymmetricOperator):
             output_hessian: H; None for the identity.
             parameters: The parameters.
             direct: The loss behind z, where it uses parameters directly.
+            network: Returns z with its graph, from which rows of J can be had without a product each; None where
+                there is none.
         """
         self.size, self.dtype, self.device = parameters.size, parameters.dtype, parameters.device
         self.linearization = linearization
         self.output_hessian = output_hessian
         self.parameters = parameters
         self._direct = direct
+        self._network = network
 
     @classmethod
     def from_model(
@@ -74,7 +87,12 @@ class GaussNewton(SymmetricOperator):
             LinearizationError: The back end was asked for by name and cannot be used.
         """
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        return cls(linearize(model, inputs, backend=linearization, compile=compile), None, parameters)
+        check_backend(linearization)
+        tree = run_model(model, inputs, parameters)
+        (call,) = tree.roots
+        z = call.outputs
+        network = linearize_recorded(linearization, model, tree, z, [call], parameters, compile=compile)
+        return cls(network, None, parameters, network=lambda: z)
 
     @classmethod
     def from_loss(
@@ -125,7 +143,8 @@ class GaussNewton(SymmetricOperator):
         cut = cut_trace(traced, parameters, uncut if parts else None)
         network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile)
         hessian = OutputHessian.of(cut).in_precision_of(network.space)
-        return cls(network, hessian, parameters, cut.tail if cut.tail.has_direct else None)
+        direct = cut.tail if cut.tail.has_direct else None
+        return cls(network, hessian, parameters, direct, lambda: None if parts else cut.outputs)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return G v `[P]` for `v` `[P]`."""
@@ -211,8 +230,12 @@ class GaussNewton(SymmetricOperator):
                 f"{purpose} is made of the network's outputs alone, but the loss uses parameters directly (a weight "
                 "penalty?); leave that part out of loss_fn, or use GaussNewton, which adds its exact Hessian"
             )
+        return self._output_form(purpose) or DiagonalForm(torch.ones((), dtype=self.dtype, device=self.device))
+
+    def _output_form(self, purpose: str) -> Form | None:
+        """Return H in a form that has a square root; None for the identity."""
         if self.output_hessian is None:
-            return DiagonalForm(torch.ones((), dtype=self.dtype, device=self.device))
+            return None
         form = self.output_hessian.form
         if form is None:
             raise ValueError(
@@ -225,6 +248,55 @@ class GaussNewton(SymmetricOperator):
                 f"up {form.negative:.2%} of its eigenvalues' magnitudes; use GaussNewton, which keeps their sign"
             )
         return form
+
+    def low_rank(self) -> LowRank:
+        """Return G as UᵀU + diag(d) with U = BᵀJ, `[Z, P]`, where H = B Bᵀ.
+
+        U is held where that can be: as factors at Linear layers, so that J is never formed. d holds what the loss adds
+        to the network's outputs, where its Hessian is diagonal (weight decay inside the closure).
+
+        Returns:
+            Both parts.
+
+        Raises:
+            ValueError: H has no square root; or what the loss adds to the outputs has another Hessian.
+        """
+        diagonal = 0.0 if self._direct is None else self._direct_diagonal(self._direct)
+        form = self._output_form("a Gram matrix")
+        return LowRank(self.held_root(form) or ProductRoot(self.linearization, self.size, form), diagonal)
+
+    def held_root(self, form: Form | None, factor: bool = True) -> FactoredRoot | None:
+        """Return BᵀJ held, as factors at Linear layers and whole elsewhere.
+
+        Args:
+            form: H = B Bᵀ; None for B the identity.
+            factor: Whether to leave layers in factors.
+
+        Returns:
+            The root; None where there is no graph of the outputs, or too many numbers to hold.
+        """
+        outputs = self._network()
+        if outputs is None:
+            return None
+        return FactoredRoot.of(OutputGraph(self.parameters, outputs, self.linearization.space), form, factor)
+
+    def _direct_diagonal(self, direct: Tail) -> Tensor:
+        """Return the Hessian of what the loss adds to the outputs, if it is diagonal."""
+        advice = "use solver=CG(), which needs products only"
+        if direct.coupled:
+            raise ValueError(
+                f"the loss couples the network's outputs with parameters that it uses directly, so that G is no Gram "
+                f"matrix plus a diagonal; {advice}"
+            )
+        probe = torch.rand(self.size, generator=torch.Generator().manual_seed(0)).to(self.dtype).to(self.device) + 0.5
+        ones = torch.ones_like(probe)
+        h, y = (self.parameters.flatten(direct.product(None, self.parameters.split(v))[1]) for v in (ones, probe))
+        if not bool((h * probe - y).norm() <= 100 * torch.finfo(self.dtype).eps * y.norm()):
+            raise ValueError(
+                "what the loss adds to the network's outputs has a Hessian that is not diagonal, so that G is no Gram "
+                f"matrix plus a diagonal (½‖θ‖² would be: weight_decay=); {advice}"
+            )
+        return h
 
     def _root_rows(self) -> Iterator[Tensor]:
         """Yield rows of BᵀJ in chunks, where H = B Bᵀ: then G is their Gram matrix."""

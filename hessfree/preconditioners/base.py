@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hessfree.losses import OutputHessian
 from hessfree.recording import Call, Output
+from hessfree.rows import OutputGraph
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
@@ -47,6 +48,11 @@ class Sample:
     seed: int
     scale: float = 1.0
     shifts: Sequence[float] = ()
+
+    @property
+    def graph(self) -> OutputGraph:
+        """The outputs, to pull rows of J back from."""
+        return OutputGraph(self.parameters, self.outputs, self.hessian.space, self.seed)
 
     def generator(self) -> torch.Generator:
         """Return a generator on the outputs' device, seeded by the step."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hessfree.preconditioners.base import Sample
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import matrix_of
-from hessfree.preconditioners.sample_rows import Leading, pull_back, sample_rows
 from hessfree.recording import Call
+from hessfree.rows import Leading, sample_rows
 
 MOST_COLUMNS = 4  # each output has a row of its own up to so many rows for each sample asked for
 LARGE_PRIME = 2_147_483_647  # between the seeds of several draws, apart from those of other steps
@@ -49,7 +49,7 @@ def jacobian_rows(
         scale = math.sqrt(sample.scale * group.samples / group.count)
         for number, found in zip(calls, _factored_rows(sample, calls, blocks, group, scale), strict=True):
             factored[number].append(found)
-        for i, rows in (sample_rows(sample, indices, group) if indices else {}).items():
+        for i, rows in (sample_rows(sample.graph, indices, group) if indices else {}).items():
             explicit[i].append(rows * scale)
     together = {i: torch.cat(rows) for i, rows in explicit.items()}
     out = []
@@ -124,7 +124,7 @@ def _factored_rows(
     if not calls:
         return
     edges = [call.outputs[0].edge for call in calls.values()]
-    pulled = [pull_back(sample, edges, u, group.outputs) for u in group.columns]
+    pulled = [sample.graph.pull_back(edges, u, group.outputs) for u in group.columns]
     dtype, count = sample.parameters.dtype, group.count
     for k, (number, call) in enumerate(calls.items()):
         width = call.outputs[0].shape[1]

@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge
 from hessfree.preconditioners.base import Sample
 from hessfree.preconditioners.kronecker import Place
 from hessfree.preconditioners.layers import Part, parts_of
-from hessfree.preconditioners.reach import Uses
 from hessfree.recording import Call
+from hessfree.rows import Uses
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,10 +15,9 @@ from hessfree.preconditioners.jacobian_rows import jacobian_rows
 from hessfree.preconditioners.kfac import KFAC
 from hessfree.preconditioners.kronecker import eigh, matrix_of, write_matrix
 from hessfree.preconditioners.refresh import Refresh, check_count, check_positive
+from hessfree.rows import add_gram
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
-
-STRIP = 256  # rows of a Gram matrix that are made at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,25 +211,15 @@ def _times(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gram(parts: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return the lower triangle of I + U K'⁻¹ Uᵀ.
-
-    Nothing reads the rest, and a symmetric product in strips of rows takes little more than half the work of a whole.
-    """
+    """Return I + U K'⁻¹ Uᵀ, of which the lower triangle counts."""
     some = parts[0]["s"] if "s" in parts[0] else parts[0]["rows"]
     gram = torch.eye(len(some), dtype=some.dtype, device=some.device)
     for part in parts:
         if "s" in part:
             s, a = part["s"], part["a"]
-            outer, inner = _times(s, part["outer_inverse"]), _times(a, part["inner_inverse"])
+            add_gram(gram, _times(s, part["outer_inverse"]), s, (_times(a, part["inner_inverse"]), a))
         else:
-            rows, solved = part["rows"].flatten(1), _solve(part, part["rows"]).flatten(1)
-        for first in range(0, len(gram), STRIP):
-            last = first + STRIP
-            strip = gram[first:last, :last]
-            if "s" in part:
-                strip.addcmul_(outer[first:last] @ s[:last].T, inner[first:last] @ a[:last].T)
-            else:
-                strip.addmm_(solved[first:last], rows[:last].T)
+            add_gram(gram, _solve(part, part["rows"]).flatten(1), part["rows"].flatten(1))
     return gram
 
 

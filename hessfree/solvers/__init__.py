@@ -4,12 +4,14 @@ from hessfree.solvers.base import Map, Solution, Solver, Status
 from hessfree.solvers.cg import CG
 from hessfree.solvers.dense import DenseCholesky
 from hessfree.solvers.forcing import EisenstatWalker, Forcing, RootGradientNorm
+from hessfree.solvers.gram import GramCholesky
 
 __all__ = [
     "CG",
     "DenseCholesky",
     "EisenstatWalker",
     "Forcing",
+    "GramCholesky",
     "Map",
     "RootGradientNorm",
     "Solution",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hessfree import GaussNewton, JacobianGram
 from hessfree.linearization import LinearizationError
+from hessfree.operators.jacobian_gram import GramForm
 from tests.architectures import mlp, randn
 from tests.networks import make
 from tests.oracle import error, truth
@@ -33,6 +34,13 @@ def root_of(problem: Problem) -> Tensor:
 def check(operator: JacobianGram, true: Tensor) -> None:
     rows, columns = true.shape
     assert operator.shape == (rows, columns)
+    forms: list[GramForm] = ["products"]
+    if operator.left.by_layers is not None:
+        forms += ["layers", "jacobian"]
+    for form in forms:
+        same = JacobianGram(operator.left, operator.right, form)
+        assert error(same.to_dense(), true) <= 1e-10
+        assert error(same.diagonal(), true.diagonal()) <= 1e-10
     v, u, block = randn(columns, seed=5), randn(rows, seed=6), randn(columns, 3, seed=7)
     assert error(operator.to_dense(), true) <= 1e-10
     assert error(operator.adjoint().to_dense(), true.T) <= 1e-10
@@ -86,11 +94,12 @@ def test_cross_blocks(rows: int, others: int) -> None:
 
 def test_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, other = mlp(3, 4, 2), randn(5, 3), randn(7, 3, seed=4)
-    same, cross = JacobianGram.from_model(model, x), JacobianGram.from_model(model, x, other)
+    same = JacobianGram.from_model(model, x, form="products")
+    cross = JacobianGram.from_model(model, x, other, form="products")
     whole = [(k.to_dense(), k.diagonal()) for k in (same, cross, cross.adjoint())]
     # three rows at a time, and then so many that the left side's rows are held
     for rows in (3, 10):
-        monkeypatch.setattr("hessfree.operators.rows.CHUNK", rows * same.left.size)
+        monkeypatch.setattr("hessfree.operators.rows.CHUNK", rows * same.left.operator.size)
         for operator, (dense, diagonal) in zip((same, cross, cross.adjoint()), whole, strict=True):
             assert error(operator.to_dense(), dense) <= 1e-13
             assert error(operator.diagonal(), diagonal) <= 1e-13
@@ -117,6 +126,23 @@ def test_by_scipy() -> None:
     assert error(torch.from_numpy(numpy.sort(values)), torch.linalg.eigvalsh(same.to_dense())[-10:]) <= 1e-10
     singular = svds(cross.to_scipy(), k=4, v0=numpy.ones(15), return_singular_vectors=False)
     assert error(torch.from_numpy(numpy.sort(singular)), torch.linalg.svdvals(cross.to_dense())[:4].flip(0)) <= 1e-10
+
+
+def test_layers_are_held_in_factors_and_nothing_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(3, 4, 2), randn(5, 3)
+    gram = JacobianGram.from_model(model, x, randn(6, 3, seed=4))
+    assert gram.left.by_layers is not None and gram.left.by_rows is not None
+    assert [f.s.shape for f in gram.left.by_layers.rows.factors] == [(10, 4), (10, 2)]
+    assert gram.left.by_layers.words == "layer factors" and gram.left.by_rows.words == "whole rows"
+    expected = gram.to_dense()
+    monkeypatch.setattr("hessfree.operators.factored_root.MOST_HELD", 50)
+    for form in ("layers", "jacobian"):
+        with pytest.raises(ValueError, match=f"form='{form}' cannot be used: .* does not fit; use form='products'"):
+            JacobianGram.from_model(model, x, form=form).to_dense()
+    small = JacobianGram.from_model(model, x, randn(6, 3, seed=4))
+    assert small.left.by_layers is None and error(small.to_dense(), expected) <= 1e-12
+    with pytest.raises(ValueError, match="form='dense' must be 'auto', 'layers', 'jacobian' or 'products'"):
+        JacobianGram.from_model(model, x, form="dense")  # type: ignore[arg-type]
 
 
 def test_errors() -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from hessfree.preconditioners.base import Sample
-from hessfree.preconditioners.reach import Uses
+from hessfree.rows.graph import OutputGraph
+from hessfree.rows.reach import Uses
 
 CHUNK = 64  # rows of one batched backward pass: its memory is that of so many passes
 
@@ -40,60 +40,35 @@ class Leading:
     columns: list[Tensor]
 
 
-def sample_rows(sample: Sample, indices: Sequence[int], leading: Leading) -> dict[int, Tensor]:
+def sample_rows(graph: OutputGraph, indices: Sequence[int], leading: Leading) -> dict[int, Tensor]:
     """Return uᵀJ restricted to each of the leading samples, for every column u.
 
     Args:
-        sample: The network on the curvature batch.
+        graph: The outputs and the parameters.
         indices: Numbers of the parameters.
         leading: The samples.
 
     Returns:
         By number of the parameter, `[columns · count, *shape]`, a column's samples together.
     """
-    uses = Uses(sample.outputs)
-    products = {i: _products(uses, sample.parameters.params[i]) for i in indices}
+    uses = Uses(graph.outputs)
+    products = {i: products_of(uses, graph.parameters.params[i]) for i in indices}
     matrices = {i: found for i, found in products.items() if found is not None}
-    rows = _rows_by_products(sample, matrices, leading) if matrices else {}
+    rows = _rows_by_products(graph, matrices, leading) if matrices else {}
     rest = [i for i in indices if i not in rows]
-    return rows | (_rows_one_by_one(sample, rest, leading) if rest else {})
+    return rows | (_rows_one_by_one(graph, rest, leading) if rest else {})
 
 
-def pull_back(
-    sample: Sample, inputs: Sequence[Any], u: Tensor, outputs: Sequence[int] | None = None, batched: bool = False
-) -> list[Tensor | None]:
-    """Return the gradients of uᵀz at `inputs`.
-
-    Args:
-        sample: The network on the curvature batch.
-        inputs: Tensors or edges of its graph.
-        u: `[Z]`; or `[R, Z]` if `batched`.
-        outputs: Numbers of the outputs that u is not zero at; None for all. The graphs of others are not entered.
-        batched: Whether to pull R vectors back at once.
-
-    Returns:
-        One tensor an input, with a leading R if `batched`; None where z does not depend on it.
-    """
-    space = sample.hessian.space
-    chosen = range(len(space.shapes)) if outputs is None else outputs
-    pieces = u.split(space.numels, -1)
-    weights = [pieces[k].reshape(*u.shape[:-1], *space.shapes[k]).to(space.dtypes[k]) for k in chosen]
-    edges = [sample.outputs[k].edge for k in chosen]
-    return list(
-        torch.autograd.grad(edges, inputs, weights, retain_graph=True, allow_unused=True, is_grads_batched=batched)
-    )
-
-
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """A product that a parameter is a factor of; or a bias that is added to one (`turned` is None)."""
 
     node: Node
     turned: bool | None  # whether it is A Wᵀ rather than A W
 
 
-def _products(uses: Uses, parameter: Tensor) -> list[_Product] | None:
+def products_of(uses: Uses, parameter: Tensor) -> list[Product] | None:
     """Return all products that `parameter` goes into; None where it is used in another way as well."""
-    found: list[_Product] = []
+    found: list[Product] = []
     stack = [(get_gradient_edge(parameter).node, False)]
     while stack:
         node, turned = stack.pop()
@@ -104,11 +79,11 @@ def _products(uses: Uses, parameter: Tensor) -> list[_Product] | None:
             elif name == "ToCopyBackward0":
                 stack.append((use.node, turned))
             elif name == "MmBackward0" and use.argument == 1 and parameter.ndim == 2:
-                found.append(_Product(use.node, turned))
+                found.append(Product(use.node, turned))
             elif name == "AddmmBackward0" and _plain(use.node) and use.argument == 2 and parameter.ndim == 2:
-                found.append(_Product(use.node, turned))
+                found.append(Product(use.node, turned))
             elif name == "AddmmBackward0" and _plain(use.node) and use.argument == 0 and parameter.ndim == 1:
-                found.append(_Product(use.node, None))
+                found.append(Product(use.node, None))
             else:
                 return None
     return found
@@ -118,13 +93,14 @@ def _plain(node: Any) -> bool:
     return node._saved_alpha == 1 and node._saved_beta == 1
 
 
-def _left_factor(node: Any) -> Tensor:
+def left_factor(node: Any) -> Tensor:
+    """Return A of the product A Wᵀ or A W that `node` stands for, `[rows, in]`."""
     factor = node._saved_mat1 if node.name() == "AddmmBackward0" else node._saved_self
     return factor.detach()
 
 
 @contextlib.contextmanager
-def _captured(nodes: Sequence[Node]) -> Generator[dict[Node, Tensor]]:
+def captured(nodes: Sequence[Node]) -> Generator[dict[Node, Tensor]]:
     """Keep the gradients that arrive at `nodes`.
 
     Args:
@@ -150,18 +126,18 @@ def _captured(nodes: Sequence[Node]) -> Generator[dict[Node, Tensor]]:
             handle.remove()
 
 
-def _rows_by_products(sample: Sample, products: dict[int, list[_Product]], leading: Leading) -> dict[int, Tensor]:
+def _rows_by_products(graph: OutputGraph, products: dict[int, list[Product]], leading: Leading) -> dict[int, Tensor]:
     """Return the rows of all parameters whose products keep samples apart."""
-    parameters = sample.parameters
+    parameters = graph.parameters
     params = [parameters.params[i] for i in products]
-    with _captured([p.node for found in products.values() for p in found]) as gradients:
-        owners = _owners(sample, params, leading, gradients)
+    with captured([p.node for found in products.values() for p in found]) as gradients:
+        owners = owners_of(graph, params, leading, gradients)
         kept = {i: found for i, found in products.items() if all(owners.get(p.node, ()) is not None for p in found)}
         shapes = {i: (leading.count, *parameters.shapes[i]) for i in kept}
         rows: dict[int, list[Tensor]] = {i: [] for i in kept}
         for u in leading.columns:
             gradients.clear()
-            pull_back(sample, params, u, leading.outputs)
+            graph.pull_back(params, u, leading.outputs)
             for i, found in kept.items():
                 total = torch.zeros(shapes[i], dtype=parameters.dtype, device=parameters.device)
                 for product in found:
@@ -171,11 +147,11 @@ def _rows_by_products(sample: Sample, products: dict[int, list[_Product]], leadi
     return {i: torch.cat(t) for i, t in rows.items()}
 
 
-def _add_rows(total: Tensor, product: _Product, gradient: Tensor, owner: Tensor | None, leading: Leading) -> None:
+def _add_rows(total: Tensor, product: Product, gradient: Tensor, owner: Tensor | None, leading: Leading) -> None:
     """Add what one product gives to every sample's gradient."""
     assert owner is not None
     g = gradient.to(total.dtype)
-    factor = None if product.turned is None else _left_factor(product.node).to(total.dtype)
+    factor = None if product.turned is None else left_factor(product.node).to(total.dtype)
     if not owner.numel():  # in the order of the samples, as many rows each
         g = g.reshape(leading.samples, -1, g.shape[-1])[: leading.count]
         if factor is None:
@@ -195,8 +171,8 @@ def _add_rows(total: Tensor, product: _Product, gradient: Tensor, owner: Tensor 
     total.index_add_(0, owner, g)
 
 
-def _owners(
-    sample: Sample, params: Sequence[Tensor], leading: Leading, gradients: dict[Node, Tensor]
+def owners_of(
+    graph: OutputGraph, params: Sequence[Tensor], leading: Leading, gradients: dict[Node, Tensor]
 ) -> dict[Node, Tensor | None]:
     """Find out which sample each row of each product belongs to.
 
@@ -205,7 +181,7 @@ def _owners(
     (several batches that were joined), two passes for each bit of a sample's number tell its bits.
 
     Args:
-        sample: The network on the curvature batch.
+        graph: The outputs and the parameters.
         params: The parameters.
         leading: The samples.
         gradients: Filled by a backward pass with the gradients at the products.
@@ -218,7 +194,7 @@ def _owners(
 
     def pulled(weights: Tensor) -> dict[Node, Tensor]:
         gradients.clear()
-        pull_back(sample, params, _of_samples(sample, weights, leading), leading.outputs)
+        graph.pull_back(params, _of_samples(graph, weights, leading), leading.outputs)
         return dict(gradients)
 
     def hits(mask: Tensor) -> dict[Node, Tensor]:
@@ -226,7 +202,7 @@ def _owners(
 
     owners: dict[Node, Tensor | None] = {}
     unclear: dict[Node, Tensor] = {}
-    weights = torch.rand(leading.samples, generator=sample.generator(), device=numbers.device) + 0.5
+    weights = torch.rand(leading.samples, generator=graph.generator(), device=numbers.device) + 0.5
     weighted = pulled(weights)
     for node, g in pulled(torch.ones_like(weights)).items():
         if _in_order(g, weighted[node], weights):
@@ -254,19 +230,21 @@ def _in_order(gradient: Tensor, weighted: Tensor, weights: Tensor) -> bool:
     return bool(error <= torch.finfo(gradient.dtype).eps ** 0.5 * expected.norm())
 
 
-def _of_samples(sample: Sample, weights: Tensor, leading: Leading) -> Tensor:
-    """Return a number a sample at all of its outputs."""
-    space = sample.hessian.space
+def _of_samples(graph: OutputGraph, weights: Tensor, leading: Leading) -> Tensor:
+    """Return a number a sample times what is random: equal outputs are what a softmax or a normalisation cancels."""
+    space = graph.space
     u = torch.zeros(space.size, dtype=space.dtype, device=space.device)
+    generator = graph.generator()
     for k in leading.outputs:
-        piece = space.views(u)[k]
-        piece.reshape(leading.samples, -1).copy_(weights.to(u.dtype).unsqueeze(1).expand(leading.samples, -1))
+        piece = space.views(u)[k].view(leading.samples, -1)
+        piece.copy_(torch.rand(piece.shape, generator=generator, dtype=u.dtype, device=u.device) + 0.5)
+        piece.mul_(weights.to(u.dtype).unsqueeze(1))
     return u
 
 
-def _rows_one_by_one(sample: Sample, indices: Sequence[int], leading: Leading) -> dict[int, Tensor]:
+def _rows_one_by_one(graph: OutputGraph, indices: Sequence[int], leading: Leading) -> dict[int, Tensor]:
     """Return the rows by a backward pass a row, many at once where every operation has a batching rule."""
-    parameters, space = sample.parameters, sample.hessian.space
+    parameters, space = graph.parameters, graph.space
     params = [parameters.params[i] for i in indices]
     found: list[list[Tensor]] = [[] for _ in indices]
     batched = True
@@ -280,11 +258,11 @@ def _rows_one_by_one(sample: Sample, indices: Sequence[int], leading: Leading) -
                 rows.scatter_(1, places, space.views(u)[k].reshape(leading.samples, width)[numbers])
             if batched:
                 try:
-                    pulled = pull_back(sample, params, rows, leading.outputs, batched=True)
+                    pulled = graph.pull_back(params, rows, leading.outputs, batched=True)
                 except RuntimeError:  # an operation without a batching rule: one row at a time always works
                     batched = False
             if not batched:
-                single = [pull_back(sample, params, row, leading.outputs) for row in rows]
+                single = [graph.pull_back(params, row, leading.outputs) for row in rows]
                 pulled = [None if c[0] is None else torch.stack(c) for c in zip(*single, strict=True)]
             for known, p, t in zip(found, params, pulled, strict=True):
                 known.append(p.new_zeros(len(numbers), *p.shape) if t is None else t.detach())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hessfree.preconditioners.sample_rows as rows_module
+import hessfree.rows.by_sample as rows_module
 from hessfree.preconditioners import Sample
-from hessfree.preconditioners.sample_rows import Leading, pull_back, sample_rows
+from hessfree.rows import Leading, OutputGraph, sample_rows
 from tests.preconditioners.oracles import sample_of
 from tests.preconditioners.pinn import curvature_of, poisson
 
@@ -112,20 +112,20 @@ def test_rows_are_vector_jacobian_products(name: str, monkeypatch: pytest.Monkey
     sample, asked = make(), []
     original = rows_module._rows_one_by_one
 
-    def spy(sample: Sample, indices: Any, *args: Any) -> dict[int, Tensor]:
+    def spy(graph: OutputGraph, indices: Any, *args: Any) -> dict[int, Tensor]:
         asked.extend(indices)
-        return original(sample, indices, *args)
+        return original(graph, indices, *args)
 
     monkeypatch.setattr(rows_module, "_rows_one_by_one", spy)
     monkeypatch.setattr(rows_module, "CHUNK", 3)
     params, space = sample.parameters.params, sample.hessian.space
     for k, group in enumerate(leading(sample, 4)):
-        found = sample_rows(sample, range(len(params)), group)
+        found = sample_rows(sample.graph, range(len(params)), group)
         for c, u in enumerate(group.columns):
             for n in range(4):
                 row = torch.zeros_like(u)
                 space.views(row)[k][n] = space.views(u)[k][n]
-                for i, expected in enumerate(pull_back(sample, params, row)):
+                for i, expected in enumerate(sample.graph.pull_back(params, row)):
                     expected = torch.zeros_like(params[i]) if expected is None else expected
                     error = (found[i][4 * c + n] - expected).norm()
                     assert error <= 1e-12 * (1 + expected.norm())
