@@ -58,9 +58,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     every.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     common = Parser(add_help=False, parents=[every])
     common.add_argument("--fresh", action="store_true", help="start over: leave out the results that --out holds")
-    common.add_argument("--seeds", nargs="+", type=int, default=default.seeds, metavar="N", help="runs [0 1 2]")
+    common.add_argument(
+        "--seeds", nargs="+", type=int, default=default.seeds, metavar="N", help="runs [0 1 2; quick: 0]"
+    )
     common.add_argument("--budget-seconds", type=float, metavar="S", help="of each run, in place of the problem's")
     common.add_argument("--tuned", type=Path, metavar="FILE", help="settings found by --tune [the published ones]")
+    common.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="where the images of fashion-mnist are, or shall go"
+    )
     common.add_argument(
         "--jobs",
         type=int,
@@ -75,8 +80,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         "optimizers", parents=[common], allow_abbrev=False, help="HessianFree against its rivals"
     )
     optimizers.add_argument("--tune", action="store_true", help="find the settings of each, instead of running them")
-    optimizers.add_argument("--problems", nargs="+", metavar="NAME", help=f"{', '.join(suite.BUDGETS)} [all]")
-    optimizers.add_argument("--optimizers", nargs="+", metavar="NAME", help=f"{', '.join(suite.CONTENDERS)} [all]")
+    optimizers.add_argument(
+        "--problems", nargs="+", metavar="NAME", help=f"all, or {', '.join(suite.BUDGETS)} [{' '.join(suite.CORE)}]"
+    )
+    optimizers.add_argument(
+        "--optimizers",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(suite.CONTENDERS)} [all on {' '.join(suite.EXTENDED)}; elsewhere the first five]",
+    )
     ablation = commands.add_parser(
         "ablation", parents=[common], allow_abbrev=False, help="HessianFree with one thing changed at a time"
     )

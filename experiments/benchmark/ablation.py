@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from experiments.benchmark.suite import Changes
+from experiments.benchmark.grids import Changes
 from experiments.benchmark.tuning import Tuned
 from experiments.optimizers import FullBatchSettings, HessianFreeSettings, RecipeSettings
 from experiments.problems import Problem

@@ -10,10 +10,11 @@ from typing import Any
 from experiments.benchmark import ablation, figures, report, store, suite, tuning
 from experiments.benchmark.measure import Row, Work, perform_all
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
-from experiments.problems import Problem, make
+from experiments.problems import Problem, make, parameters_of
 
 _QUICK_SECONDS = 0.5  # a budget that shows that everything runs, and nothing else
 _QUICK_TRIALS = 2
+_ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class Job:
     """What the user asks for.
 
     Attributes:
-        problems: Names; None: all of the suite, or of the ablation.
-        optimizers: Contenders, or variations; None: all that take the problem.
-        seeds: One run a seed. Weights and rows depend on it.
+        problems: Names, or "all"; None: `suite.CORE`, or those of the ablation.
+        optimizers: Contenders, or variations; None: those of `suite.contenders`, or all variations.
+        seeds: One run a seed. Weights and rows depend on it. None: 0, 1 and 2; in a quick run 0 alone.
         threads: Of torch, in reported runs.
         device: "auto" or a torch device.
         out: Directory for what is written; None: runs/benchmark, or runs/ablation.
@@ -34,11 +35,12 @@ class Job:
         tuned: Where the settings are; None: the file in the package; what a quick search finds goes to `out`.
         fresh: Leave out the runs of earlier sittings.
         budget_seconds: Seconds of each run; None: the problem's.
+        data_root: Where the files of data sets are; None: the usual place.
     """
 
     problems: Sequence[str] | None = None
     optimizers: Sequence[str] | None = None
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: Sequence[int] | None = None
     threads: int = 2
     device: str = "cpu"
     out: Path | None = None
@@ -49,6 +51,7 @@ class Job:
     tuned: Path | None = None
     fresh: bool = False
     budget_seconds: float | None = None
+    data_root: Path | None = None
 
     def check(self) -> None:
         """Check what can be checked before a problem is made.
@@ -62,17 +65,22 @@ class Job:
             raise UsageError(f"--jobs {self.jobs} is negative; give the number of trials at a time")
         if self.trials is not None and self.trials < 1:
             raise UsageError(f"--trials {self.trials} tries nothing; give a positive number, or leave it out for all")
-        for seed in self.seeds:
+        for seed in self.all_seeds:
             if not 0 <= seed < 2**31:
                 raise UsageError(f"--seeds {seed} is out of range; give integers from 0 to {2**31 - 1}")
             if seed == tuning.SEED:
                 raise UsageError(f"--seeds {seed} is the seed of the tuning; report on others")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UsageError(f"--seeds {' '.join(map(str, self.seeds))} names a seed twice; name each once")
+        if len(set(self.all_seeds)) < len(self.all_seeds):
+            raise UsageError(f"--seeds {' '.join(map(str, self.all_seeds))} names a seed twice; name each once")
         budget = self.budget_seconds
         if budget is not None and not (math.isfinite(budget) and budget > 0):
             raise UsageError(f"--budget-seconds {budget:g} is no time to train; give a positive number")
         require_extras(["matplotlib", "sklearn"])
+
+    @property
+    def all_seeds(self) -> Sequence[int]:
+        """The seeds, chosen or usual."""
+        return self.seeds if self.seeds is not None else (0,) if self.quick else (0, 1, 2)
 
     def seconds(self, usual: float) -> float:
         """Give the budget of a run.
@@ -101,7 +109,7 @@ def run_optimizers(job: Job) -> list[Row]:
     job.check()
     device = str(choose_device(job.device))
     _check_names("--optimizers", job.optimizers, tuple(suite.CONTENDERS))
-    problems = _problems(job.problems, tuple(suite.BUDGETS), device)
+    problems = _problems(job, suite.CORE, device)
     contenders = {problem.name: suite.contenders(problem, job.optimizers) for problem in problems}
     if not any(contenders.values()):
         raise UsageError(f"--optimizers {' '.join(job.optimizers or ())} takes none of these problems; add others")
@@ -118,6 +126,7 @@ def run_optimizers(job: Job) -> list[Row]:
                 jobs=job.jobs,
                 device=device,
                 trials=_QUICK_TRIALS if job.quick else job.trials,
+                data_root=job.data_root,
                 say=_say,
             )
             tuned[problem.name] = tuned.get(problem.name, {}) | found
@@ -127,8 +136,8 @@ def run_optimizers(job: Job) -> list[Row]:
     works = []
     for problem in problems:
         names = contenders[problem.name]
-        if job.optimizers is None and not job.quick and problem.name in tuned:
-            missing = [name for name in names if name not in tuned[problem.name]]
+        if job.optimizers is None and not job.quick and (problem.name in tuned or list(job.problems or ()) == [_ALL]):
+            missing = [name for name in names if name not in tuned.get(problem.name, {})]
             names = [name for name in names if name not in missing]
             if missing:
                 _say(f"{problem.name}: without {', '.join(missing)}, which nobody tuned there")
@@ -155,7 +164,7 @@ def run_ablation(job: Job) -> list[Row]:
     job.check()
     device = str(choose_device(job.device))
     _check_names("--variations", job.optimizers, tuple(ablation.VARIATIONS))
-    problems = _problems(job.problems, ablation.PROBLEMS, device)
+    problems = _problems(job, ablation.PROBLEMS, device)
     tuned = tuning.load(job.tuned or tuning.TUNED)
     out = prepare_directory(job.out if job.out is not None else Path("runs") / "ablation")
     works = []
@@ -179,14 +188,23 @@ def _check_names(option: str, named: Sequence[str] | None, known: Sequence[str])
             raise UsageError(f"{option} {name!r} is unknown; choose from: {', '.join(known)}")
 
 
-def _problems(named: Sequence[str] | None, default: Sequence[str], device: str) -> list[Problem]:
-    _check_names("--problems", named, tuple(suite.BUDGETS))
-    return [make(name, device) for name in dict.fromkeys(named or default)]
+def _problems(job: Job, default: Sequence[str], device: str) -> list[Problem]:
+    """Make the problems; of all there are, those whose data or packages are missing are named with the cure."""
+    if job.problems is None or list(job.problems) != [_ALL]:
+        _check_names("--problems", job.problems, (*suite.BUDGETS, _ALL))
+        return [make(name, device, job.data_root) for name in dict.fromkeys(job.problems or default)]
+    problems = []
+    for name in suite.BUDGETS:
+        try:
+            problems.append(make(name, device, job.data_root))
+        except UsageError as error:
+            _say(f"{name}: absent: {error}")
+    return problems
 
 
 def _works(job: Job, problem: Problem, settings: dict[str, Any], seconds: float, device: str) -> list[Work]:
     """Order the runs by seed first: what disturbs the machine for a while disturbs all contenders."""
-    parameters = sum(parameter.numel() for parameter in problem.initial_model(0).parameters())
+    parameters = parameters_of(problem)
     for one in settings.values():
         one.check(parameters)
     return [
@@ -198,8 +216,9 @@ def _works(job: Job, problem: Problem, settings: dict[str, Any], seconds: float,
             budget_seconds=seconds,
             threads=job.threads,
             device=device,
+            data_root=job.data_root,
         )
-        for seed in job.seeds
+        for seed in job.all_seeds
         for name, one in settings.items()
     ]
 

@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Work:
         budget_seconds: Seconds of training.
         threads: Of torch, within an operation.
         device: Where the training runs.
+        data_root: Where the files of data sets are; None: the usual place.
     """
 
     problem: str
@@ -43,6 +45,7 @@ class Work:
     budget_seconds: float
     threads: int
     device: str = "cpu"
+    data_root: Path | None = None
 
 
 def perform(work: Work) -> Row:
@@ -59,7 +62,7 @@ def perform(work: Work) -> Row:
         matrix without a factorisation, which is divergence too.
     """
     torch.set_num_threads(work.threads)
-    problem = make(work.problem, choose_device(work.device))
+    problem = make(work.problem, choose_device(work.device), work.data_root)
     load_torch_optimizers()
     work.settings.build(problem.initial_model(work.seed).parameters(), work.seed)
     budget = work.budget_seconds

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmark.grids import Changes
 from experiments.benchmark.measure import Work, perform_all
 from experiments.benchmark.store import write_json
-from experiments.benchmark.suite import CONTENDERS, Changes
+from experiments.benchmark.suite import CONTENDERS
 from experiments.environment import UsageError
 from experiments.optimizers import Settings
 from experiments.problems import Problem
@@ -29,6 +30,7 @@ def tune(
     jobs: int,
     device: str = "cpu",
     trials: int | None = None,
+    data_root: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Try the grid of each contender on a problem.
@@ -41,6 +43,7 @@ def tune(
         jobs: Trials at a time; 0: in this process.
         device: Where the training runs.
         trials: How many of the grid are tried; None: all.
+        data_root: Where the files of data sets are; None: the usual place.
         say: Prints a line of progress.
 
     Returns:
@@ -63,6 +66,7 @@ def tune(
                 budget_seconds=SHARE * budget_seconds,
                 threads=threads,
                 device=device,
+                data_root=data_root,
             )
             for changes in grid
         ]

@@ -4,7 +4,7 @@ Every optimizer takes the standard closure, so one training loop serves all. A n
 `OPTIMIZERS`. Packages are imported when an optimizer is built, so that nobody needs those that he does not compare.
 """
 
-from experiments.optimizers.adam import AdamSettings
+from experiments.optimizers.adam import AdamSettings, AdamWSettings
 from experiments.optimizers.base import CommonSettings, Settings
 from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
 from experiments.optimizers.dense import DenseFisherSettings
@@ -12,20 +12,27 @@ from experiments.optimizers.full_batch import FullBatchSettings
 from experiments.optimizers.hessian_free import HessianFreeSettings, RecipeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
+from experiments.optimizers.muon import MuonSettings
+from experiments.optimizers.sgd import SGDSettings
+from experiments.optimizers.shampoo import ShampooSettings
 from experiments.optimizers.soap import SOAPSettings
 
 __all__ = [
     "OPTIMIZERS",
     "AdamSettings",
+    "AdamWSettings",
     "CommonSettings",
     "DenseFisherSettings",
     "FullBatchSettings",
     "HessianFreeSettings",
     "KFACSettings",
     "LBFGSSettings",
+    "MuonSettings",
     "RecipeSettings",
+    "SGDSettings",
     "SOAPSettings",
     "Settings",
+    "ShampooSettings",
     "choose_settings",
     "default_optimizers",
     "settings_class",

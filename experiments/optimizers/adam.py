@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam, and AdamW."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,6 +56,32 @@ class AdamSettings(CommonSettings):
             ValueError: If the learning rate has not been found yet.
         """
         return torch.optim.Adam(parameters, lr=found(self.lr), weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings(AdamSettings):
+    """torch.optim.AdamW (Loshchilov & Hutter 2019): Adam, its weight decay apart from the gradient's moments.
+
+    Attributes:
+        weight_decay: Share of the weights that a step of rate 1 takes away; torch's default.
+    """
+
+    weight_decay: float = 1e-2
+
+    def build(self, parameters: Iterable[nn.Parameter], seed: int) -> Optimizer:
+        """Build the optimizer.
+
+        Args:
+            parameters: What it trains.
+            seed: Not used: AdamW draws nothing.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: If the learning rate has not been found yet.
+        """
+        return torch.optim.AdamW(parameters, lr=found(self.lr), weight_decay=self.weight_decay)
 
 
 def first_order_defaults(problem: Problem) -> dict[str, Any]:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from experiments.environment import UsageError
-from experiments.optimizers.adam import AdamSettings
+from experiments.optimizers.adam import AdamSettings, AdamWSettings
 from experiments.optimizers.base import Settings
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.full_batch import FullBatchSettings
 from experiments.optimizers.hessian_free import HessianFreeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
+from experiments.optimizers.muon import MuonSettings
+from experiments.optimizers.sgd import SGDSettings
+from experiments.optimizers.shampoo import ShampooSettings
 from experiments.optimizers.soap import SOAPSettings
 from experiments.problems import Problem
 
@@ -23,6 +26,10 @@ OPTIMIZERS: dict[str, type[Settings]] = {
     "soap": SOAPSettings,
     "lbfgs": LBFGSSettings,
     "kfac": KFACSettings,
+    "sgd": SGDSettings,
+    "adamw": AdamWSettings,
+    "muon": MuonSettings,
+    "shampoo": ShampooSettings,
 }
 
 

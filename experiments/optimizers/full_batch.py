@@ -13,19 +13,27 @@ from experiments.environment import UsageError
 from experiments.optimizers.base import CommonSettings, check_curvature_rows
 from experiments.problems import Problem
 
-_RECIPES: dict[str, dict[str, Any]] = {
-    # one output a row: M can be G + λI itself, and steps are exact
-    "poisson": {"damping": 100.0, "samples": None, "damping_scale": 1.0, "update_every": 3},
-    # 784 outputs a row: rows of random signs say little of them, and a third of the rows is enough for G
-    "autoencoder": {
-        "damping": 150.0,
-        "preconditioner": "kfac",
-        "damping_scale": 0.1,
-        "omega": 0.5,
-        "minimum_damping": 1e-5,
-        "curvature_batch": 512,
-    },
-}  # by problem, where they differ from that of a smooth field in two dimensions
+_MANY_OUTPUTS = 64  # a row; beyond, rows of random signs say little of them
+_HIGH_LOSS = 100.0  # at the start; λ has to begin at its order of magnitude
+
+
+def _recipe(problem: Problem) -> dict[str, Any]:
+    """Give what differs from the recipe of a smooth field of a few components, whose loss starts at ten."""
+    if problem.outputs == 1:
+        # M can be G + λI itself, and steps are exact
+        exact: dict[str, Any] = {"samples": None, "damping_scale": 1.0, "update_every": 3}
+        return exact | ({"damping": 100.0} if problem.first_loss > _HIGH_LOSS else {})
+    if problem.outputs > _MANY_OUTPUTS and problem.first_loss > _HIGH_LOSS:
+        # random signs do not pay for themselves, and a third of the rows is enough for G
+        return {
+            "damping": 150.0,
+            "preconditioner": "kfac",
+            "damping_scale": 0.1,
+            "omega": 0.5,
+            "minimum_damping": 1e-5,
+            "curvature_batch": 512,
+        }
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +80,19 @@ class FullBatchSettings(CommonSettings):
             **changes: Settings that are to differ.
 
         Returns:
-            All rows a step. A velocity field in two dimensions: 256 rows taken exactly, and λ from below 1, as its
-            loss is. The Poisson equation: all rows taken exactly, which one output a row makes cheap, and λ from 100,
-            for its loss starts above 1000. The autoencoder: K-FAC alone, because random signs of 784 outputs a
-            row do not pay for themselves; λ from 150, of the order of the loss, and halved at each good step, or it
-            stays too high for too long; curvature from a third of the rows, which is cheaper and serves as well.
+            All rows a step. A few outputs a row (a velocity field in two dimensions): 256 rows taken exactly, and λ
+            from below 1. One output (the Poisson equation): all rows taken exactly, which is cheap then, and λ from
+            100 where the loss starts above that. Hundreds of outputs and a loss that starts high (the autoencoder):
+            K-FAC alone, because random signs of so many outputs do not pay for themselves; λ from 150, of the order
+            of the loss, and halved at each good step, or it stays too high for too long; curvature from a third of
+            the rows, which is cheaper and serves as well.
 
         Raises:
             UsageError: If the problem has no fixed rows.
         """
         if problem.rows is None:
             raise UsageError(f"the full-batch recipe needs fixed rows, and {problem.name} draws new ones for ever")
-        recipe = {"batch_size": problem.rows} | _RECIPES.get(problem.name, {}) | changes
+        recipe = {"batch_size": problem.rows} | _recipe(problem) | changes
         if "curvature_batch" not in changes and (rows := recipe.get("curvature_batch")) is not None:
             recipe["curvature_batch"] = min(rows, recipe["batch_size"])
         return cls(**recipe)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments import data
-from experiments.problems.base import Stream
+from experiments.problems.base import Stream, loss_at_start
 from experiments.problems.rows import FixedRows
 from experiments.problems.seeding import seeded
 
@@ -158,6 +158,16 @@ class DigitsAutoencoder:
     def noise_floor(self) -> float:
         """The grey values' entropy, below which no training loss stays."""
         return entropy(self.training)
+
+    @property
+    def outputs(self) -> int:
+        """One logit a pixel."""
+        return self.training.shape[1]
+
+    @functools.cached_property
+    def first_loss(self) -> float:
+        """The loss at initial weights, on the first rows."""
+        return loss_at_start(self)
 
     def initial_model(self, seed: int) -> nn.Module:
         """Make the network.

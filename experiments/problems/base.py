@@ -40,6 +40,14 @@ class Problem(Protocol):
     def dim(self) -> int:
         """Number of components of a data point, or of the network's input where that is no point on a path."""
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that the network gives for a row: the rows that the Jacobian has for each."""
+
+    @property
+    def first_loss(self) -> float:
+        """Height of the loss at initial weights: its order of magnitude is that of a first damping."""
+
     def initial_model(self, seed: int) -> nn.Module:
         """Make the network, its weights fixed by the seed alone: not by the device, nor by torch's own stream."""
 
@@ -60,3 +68,40 @@ class Noisy(Protocol):
     @property
     def noise_floor(self) -> float:
         """That height."""
+
+
+_FIRST_ROWS = 1024
+
+
+class _Trainable(Protocol):
+    """The part of a problem that the first loss needs."""
+
+    def initial_model(self, seed: int) -> nn.Module: ...
+
+    def stream(self, seed: int) -> Stream: ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor: ...
+
+
+def loss_at_start(problem: _Trainable) -> float:
+    """Evaluate the loss of seed 0's weights on seed 0's first rows.
+
+    Args:
+        problem: What is to be solved.
+
+    Returns:
+        The loss on up to 1024 rows.
+    """
+    return problem.loss(problem.initial_model(0), problem.stream(0).draw(_FIRST_ROWS)).item()
+
+
+def parameters_of(problem: Problem) -> int:
+    """Count the parameters of a problem's network.
+
+    Args:
+        problem: What is to be solved.
+
+    Returns:
+        P.
+    """
+    return sum(parameter.numel() for parameter in problem.initial_model(0).parameters())

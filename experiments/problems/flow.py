@@ -15,7 +15,7 @@ from experiments.environment import UsageError
 from experiments.flow_matching import Batch, BatchStream, Evaluation, sample_batch
 from experiments.models import ToyMLP
 from experiments.paths import STRAIGHT, Paths
-from experiments.problems.base import Stream
+from experiments.problems.base import Stream, loss_at_start
 from experiments.problems.rows import FixedRows
 from experiments.problems.seeding import seeded
 from experiments.stable_target import stable_target
@@ -25,6 +25,7 @@ _FIXED_ROWS = 4096
 _FIXED_SEED = 100
 _FLOOR_SEED = 54321
 _FLOOR_ROWS = 16384
+_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,23 @@ class _VelocityField:
     dataset: Dataset
     evaluation: Evaluation
     device: torch.device
-    width: int = field(default=64, kw_only=True)
+    width: int = field(default=_WIDTH, kw_only=True)
     n_hidden: int = field(default=3, kw_only=True)
 
     @property
     def dim(self) -> int:
         """Number of components D of a point."""
         return self.dataset.dim
+
+    @property
+    def outputs(self) -> int:
+        """A velocity has as many components as a point."""
+        return self.dataset.dim
+
+    @property
+    def _wide(self) -> str:
+        """What an unusual width adds to the name."""
+        return "" if self.width == _WIDTH else f"-w{self.width}"
 
     def initial_model(self, seed: int) -> nn.Module:
         """Make the network.
@@ -93,7 +104,7 @@ class FlowMatching(_VelocityField):
         device: torch.device,
         *,
         paths: Paths = STRAIGHT,
-        width: int = 64,
+        width: int = _WIDTH,
         n_hidden: int = 3,
     ) -> Self:
         """Set up the points of judgement.
@@ -113,8 +124,8 @@ class FlowMatching(_VelocityField):
 
     @property
     def name(self) -> str:
-        """The data set's name, with what is unusual of its paths."""
-        return f"{self.dataset.name}{self.paths.suffix}"
+        """The data set's name, with what is unusual of the network's width and of the paths."""
+        return f"{self.dataset.name}{self._wide}{self.paths.suffix}"
 
     @property
     def score(self) -> str:
@@ -138,6 +149,11 @@ class FlowMatching(_VelocityField):
         rows = target(sample_batch(self.dataset, _FLOOR_ROWS, generator, paths=self.paths))
         exact = self.dataset.conditional_expectation(rows.x_t, rows.t, self.paths.sigma)
         return (rows.u - exact).square().mean().item()
+
+    @functools.cached_property
+    def first_loss(self) -> float:
+        """The loss at initial weights, on the first rows."""
+        return loss_at_start(self)
 
     def stream(self, seed: int) -> Stream:
         """Start the sequence of training rows.
@@ -181,7 +197,7 @@ class StableFlowMatching(FlowMatching):
     @property
     def name(self) -> str:
         """The data set's name with the target's."""
-        return f"{self.dataset.name}-stable{self.paths.suffix}"
+        return f"{self.dataset.name}-stable{self._wide}{self.paths.suffix}"
 
     @functools.cached_property
     def noise_floor(self) -> float:
@@ -239,6 +255,11 @@ class FixedFlowMatching(_VelocityField):
     def rows(self) -> int | None:
         """Number of rows."""
         return len(self.fixed)
+
+    @functools.cached_property
+    def first_loss(self) -> float:
+        """The loss at initial weights, on the first rows."""
+        return loss_at_start(self)
 
     def stream(self, seed: int) -> Stream:
         """Start the first epoch.

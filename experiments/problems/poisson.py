@@ -7,6 +7,7 @@ the boundary values at points of the boundary, on which it carries a soft penalt
 Source: Raissi, Perdikaris and Karniadakis 2019 (J. Comput. Phys. 378).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Self
@@ -14,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from experiments.problems.base import Stream
+from experiments.problems.base import Stream, loss_at_start
 from experiments.problems.rows import FixedRows
 from experiments.problems.seeding import seeded
 
@@ -244,6 +245,16 @@ class Poisson:
     def dim(self) -> int:
         """Number of coordinates."""
         return 2
+
+    @property
+    def outputs(self) -> int:
+        """The residual at a point of the inside, or the value at one of the boundary."""
+        return 1
+
+    @functools.cached_property
+    def first_loss(self) -> float:
+        """The loss at initial weights, on the first rows."""
+        return loss_at_start(self)
 
     def initial_model(self, seed: int) -> nn.Module:
         """Make the network.

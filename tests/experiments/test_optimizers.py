@@ -21,6 +21,7 @@ from experiments.optimizers import (
     HessianFreeSettings,
     KFACSettings,
     LBFGSSettings,
+    MuonSettings,
     RecipeSettings,
     SOAPSettings,
     choose_settings,
@@ -31,13 +32,14 @@ from experiments.problems import Problem, make
 from hessfree import CG, KFAC, HessianFree, Identity, LevenbergMarquardt, Woodbury
 
 
-def sized(dim: int, rows: int | None = None, name: str = "made-up") -> Problem:
-    """A problem of which nothing is asked but its name and size."""
-    return cast(Problem, SimpleNamespace(name=name, dim=dim, rows=rows))
+def sized(dim: int, rows: int | None = None, outputs: int | None = None, first_loss: float = 2.0) -> Problem:
+    """A problem of which nothing is asked but its name, its sizes and the height of its loss."""
+    sizes = {"dim": dim, "rows": rows, "outputs": outputs or dim, "first_loss": first_loss}
+    return cast(Problem, SimpleNamespace(name="made-up", **sizes))
 
 
 FLAT, DIGITS, LARGE, FIXED = sized(2), sized(64), sized(784), sized(2, rows=96)
-POISSON, AUTOENCODER = sized(2, 1280, "poisson"), sized(784, 1500, "autoencoder")
+POISSON, AUTOENCODER = sized(2, 1280, 1, 1200.0), sized(784, 1500, 784, 900.0)
 
 
 def test_defaults_by_dimension() -> None:
@@ -130,6 +132,52 @@ def test_the_recipes_lower_the_losses_that_they_are_made_for(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0] and losses == sorted(losses, reverse=True)
 
 
+def test_a_low_loss_keeps_the_damping_low() -> None:
+    one = FullBatchSettings.for_problem(sized(2, 96, outputs=1))
+    assert one.damping == 0.3 and one.samples is None
+    assert FullBatchSettings.for_problem(sized(784, 96)) == FullBatchSettings(batch_size=96)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "shampoo"])
+def test_first_order_rivals(name: str) -> None:
+    settings = settings_class(name, FLAT).for_problem(FLAT, lr=0.01)
+    assert settings.batch_size == 1024
+    problem = make("8gaussians")
+    model, batch = problem.initial_model(0), problem.stream(0).draw(256)
+    optimizer = settings.build(model.parameters(), seed=0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    losses = []
+    for _ in range(30):
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss(model, batch)
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())  # type: ignore[arg-type, attr-defined]
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(ValueError, match="sweep over lr_grid"):
+        settings_class(name, FLAT).for_problem(FLAT).build(model.parameters(), 0)
+
+
+def test_muon_leaves_vectors_and_kernels_to_adamw() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = MuonSettings(lr=0.1).build(model.parameters(), 0)
+    parts = [[p.dim() for p in group["params"]] for group in optimizer.param_groups]
+    assert parts == [[2], [4, 1, 1]]
+    model(torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01  # as the training loop does
+    assert optimizer.step() is None
+    steps = [(parameter - before).detach() for parameter, before in zip(model.parameters(), start, strict=True)]
+    # AdamW's first step is the rate times the gradient's sign; Muon's is nearly orthogonal, its norm scaled to AdamW's
+    assert all(torch.allclose(step.abs(), torch.full_like(step, 0.01), rtol=1e-3) for step in (*steps[:2], steps[3]))
+    singular = torch.linalg.svdvals(steps[2]) / (0.2 * 0.01 * 8**0.5)
+    assert ((singular > 0.5) & (singular < 1.5)).all()
+
+
 def test_streams_refuse_what_needs_fixed_rows() -> None:
     with pytest.raises(UsageError, match="lbfgs needs fixed rows.*made-up.*leave it out"):
         choose_settings(["lbfgs"], [], FLAT)
@@ -193,8 +241,8 @@ def test_a_word_that_makes_no_sense() -> None:
 
 
 def test_names_that_make_no_sense() -> None:
-    with pytest.raises(UsageError, match="'sgd' is unknown.*hessfree"):
-        choose_settings(["sgd"], [], FLAT)
+    with pytest.raises(UsageError, match="'luck' is unknown.*hessfree"):
+        choose_settings(["luck"], [], FLAT)
     with pytest.raises(UsageError, match="'adam' twice"):
         choose_settings(["adam", "adam"], [], FLAT)
 
@@ -281,4 +329,4 @@ def test_every_optimizer_takes_the_closure(name: str, problem: Problem) -> None:
     # L-BFGS is at the minimum after a step, and rounds
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(losses, losses[1:], strict=False))
     assert losses[-1] < losses[0]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}

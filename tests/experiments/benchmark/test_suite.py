@@ -8,17 +8,31 @@ import torch
 from torch import nn
 
 from experiments.benchmark import ablation
-from experiments.benchmark.suite import BUDGETS, CONTENDERS, TRIALS, contenders
+from experiments.benchmark.grids import TRIALS
+from experiments.benchmark.suite import BUDGETS, CONTENDERS, CORE, EXTENDED, contenders
 from experiments.problems import PROBLEMS, Problem, make
 from hessfree import CG, KFAC, HessianFree, Identity, LevenbergMarquardt
 
 
-def sized(dim: int, rows: int | None = None, name: str = "made-up") -> Problem:
-    return cast(Problem, SimpleNamespace(name=name, dim=dim, rows=rows))
+def sized(dim: int, rows: int | None = None, outputs: int | None = None, first_loss: float = 2.0) -> Problem:
+    """A problem of which nothing is asked but its name, its sizes and the height of its loss."""
+    outputs = outputs or dim
+    return cast(
+        Problem,
+        SimpleNamespace(
+            name="made-up",
+            dim=dim,
+            rows=rows,
+            outputs=outputs,
+            first_loss=first_loss,
+            initial_model=lambda seed: nn.Linear(dim, outputs),
+        ),
+    )
 
 
-POISSON, AUTOENCODER = sized(2, 1280, "poisson"), sized(784, 1500, "autoencoder")
+POISSON, AUTOENCODER = sized(2, 1280, 1, 1200.0), sized(784, 1500, 784, 900.0)
 SIZES = [sized(2), sized(64), sized(784), sized(2, 4096), sized(784, 1500), POISSON, AUTOENCODER]
+EVERYONE = tuple(CONTENDERS)
 
 
 def test_the_suite_exists() -> None:
@@ -27,17 +41,16 @@ def test_the_suite_exists() -> None:
 
 @pytest.mark.parametrize("problem", SIZES)
 def test_each_contender_has_as_many_trials_as_any_other(problem: Problem) -> None:
-    names = contenders(problem)
-    assert {"hessfree", "adam", "soap"} <= set(names)
+    names = contenders(problem, EVERYONE)
+    assert {"hessfree", "kfac", "adam", "soap", "sgd", "adamw", "muon", "shampoo"} <= set(names)
     assert ("lbfgs" in names) == (problem.rows is not None)
-    assert ("kfac" in names) == (problem.rows is None and problem.dim == 784)
     for name in names:
         grid = CONTENDERS[name].grid(problem)
         assert len(grid) == TRIALS == len({str(changes) for changes in grid})
         for changes in grid:
             settings: Any = CONTENDERS[name].settings(problem, **changes)
             assert changes.items() <= vars(settings).items()
-            settings.check(10**5)
+            settings.check(10**4)
             pickle.loads(pickle.dumps(settings)).build([nn.Parameter(torch.zeros(1))], 0)
             if problem.rows is not None:
                 assert settings.batch_size <= problem.rows
@@ -45,15 +58,15 @@ def test_each_contender_has_as_many_trials_as_any_other(problem: Problem) -> Non
 
 @pytest.mark.parametrize("problem", SIZES)
 def test_the_first_guess_is_the_default_recipe(problem: Problem) -> None:
-    for name in ("hessfree", "kfac"):
-        if name in contenders(problem):
+    for name in ("hessfree", "kfac", "dense-fisher"):
+        if name in contenders(problem, EVERYONE):
             contender = CONTENDERS[name]
             assert contender.settings(problem, **contender.grid(problem)[0]) == contender.settings(problem)
 
 
 def test_a_record_can_hold_every_grid() -> None:
     for problem in SIZES:
-        for name in contenders(problem):
+        for name in contenders(problem, EVERYONE):
             grid = CONTENDERS[name].grid(problem)
             assert all(set(changes) == set(grid[0]) for changes in grid)  # a table of trials has no gaps
             assert all(isinstance(value, int | float) for changes in grid for value in changes.values())
@@ -62,6 +75,18 @@ def test_a_record_can_hold_every_grid() -> None:
 def test_contenders_by_name() -> None:
     assert contenders(sized(2), ["lbfgs", "adam"]) == ["adam"]
     assert contenders(sized(2, 96), ["lbfgs", "adam"]) == ["adam", "lbfgs"]
+    assert contenders(sized(2), ["dense-fisher"]) == ["dense-fisher"]
+    assert contenders(sized(784), ["dense-fisher"]) == []  # 615 thousand parameters
+
+
+def test_who_runs_where_nobody_is_named() -> None:
+    assert set(EXTENDED) <= set(CORE) <= set(BUDGETS)
+    assert contenders(sized(2)) == ["hessfree", "adam", "soap"]
+    assert contenders(POISSON) == ["hessfree", "adam", "soap", "lbfgs"]
+    assert contenders(sized(784)) == ["hessfree", "kfac", "adam", "soap"]
+    wide = sized(2)
+    wide.name = EXTENDED[0]  # type: ignore[misc]
+    assert contenders(wide) == [name for name in EVERYONE if name != "lbfgs"]
 
 
 @pytest.mark.parametrize("problem", SIZES)
@@ -100,7 +125,7 @@ def test_variations_start_from_what_was_tuned() -> None:
 
 
 def test_variations_keep_the_rest_of_a_recipe() -> None:
-    varied = ablation.variations(AUTOENCODER, {"autoencoder": {"hessfree": {"chosen": {"damping": 30.0}}}})
+    varied = ablation.variations(AUTOENCODER, {"made-up": {"hessfree": {"chosen": {"damping": 30.0}}}})
     one = varied["damping test at every 5th step"].build([nn.Parameter(torch.zeros(1))], 3)
     assert isinstance(one, HessianFree)
     assert one.settings.damping_rule == LevenbergMarquardt(every=5, omega=0.5, minimum=1e-5, test="replay")

@@ -5,7 +5,16 @@ from experiments.environment import UsageError
 from experiments.problems import PROBLEMS, Problem, make
 
 # One of each kind: two-dimensional data cost little, 784 dimensions seconds.
-KINDS = ("8gaussians", "digits", "moons-stable", "checkerboard-fixed", "autoencoder", "poisson")
+KINDS = (
+    "8gaussians",
+    "digits",
+    "moons-stable",
+    "checkerboard-fixed",
+    "autoencoder",
+    "poisson",
+    "conv",
+    "8gaussians-ot",
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -15,6 +24,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 
 def test_a_step_downhill(problem: Problem) -> None:
     assert problem.device == torch.device("cpu") and problem.dim >= 2
+    assert problem.outputs >= 1 and problem.first_loss > 0
     model = problem.initial_model(0)
     batch = problem.stream(0).draw(64)
     loss = problem.loss(model, batch)
