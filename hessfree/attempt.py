@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessfree.curvature import Curvature, CurvatureBuilder
+from hessfree.distributed import ALONE, Ranks, same_bits
 from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
 from hessfree.memory import Memory, Pending, reduction_ratio
@@ -54,6 +55,7 @@ class Attempt:
         replay: Callable[[], float],
         warn: Callable[[str], None],
         accumulated: float = 1.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare a step.
 
@@ -68,7 +70,9 @@ class Attempt:
             warn: Tells the user something, once.
             accumulated: Over how many micro-batches `p.grad` is summed: the solver's matrix is so many times the
                 recorded loss's G.
+            ranks: The processes that take the step together.
         """
+        self._ranks = ranks
         self._settings = settings
         self._memory = memory
         self._recording = recording
@@ -79,7 +83,7 @@ class Attempt:
         self._scale = accumulated
         self._backup = parameters.backup()
         self._number = memory.step + 1
-        self._loss = float(recording.loss.detach())
+        self._loss = recording.value
         self._lr = parameters.uniform_or_vector(values.lr)
         self._decay = parameters.uniform_or_vector(values.weight_decay)
         self._shifts = [d + w for d, w in zip(values.damping, values.weight_decay, strict=True)]
@@ -110,9 +114,11 @@ class Attempt:
         learned = self._timed("seconds_setup", self._learn)
         direction, solution = self._timed("seconds_solve", self._solve, learned, rhs)
         if solution.failed:
+            self._ranks.agree()  # it may be an error on one of them
             return self._reject(f"rejected: {solution.status.value}", replayable=replayable)
         step = self._lr * direction.value
         terms = self._timed("seconds_solve", self._model_along, direction, step, theta, rhs)
+        same_bits(self._ranks.agree(None, terms.norm, terms.slope), ("the length of the step", "the slope along it"))
         shorter = self._shortening(terms)
         if shorter < 1:
             step, terms = shorter * step, terms.scaled(shorter)
@@ -121,7 +127,8 @@ class Attempt:
         found = self._search(step, terms.slope) if replayable else Found(1.0, math.nan, True, "accepted")
         alpha = found.step_length
         predicted = terms.predicted(alpha)
-        ratio = reduction_ratio(found.loss - self._loss + terms.decay_change(alpha), predicted, self._recording.loss)
+        change = found.loss - self._loss + terms.decay_change(alpha)
+        ratio = reduction_ratio(change, predicted, self._loss, self._recording.loss.dtype)
         if found.loss == self._loss and not math.isnan(ratio) and not self._recording.roots:
             replayable = False
             self._warn(
@@ -197,7 +204,9 @@ class Attempt:
 
     def _linearise(self) -> Curvature:
         seed = (self._settings.seed * 1_000_003 + self._number) % 2**63
-        curvature = self._builder.build(self._recording, self._parameters, seed, self._warn, self._scale, self._shifts)
+        curvature = self._builder.build(
+            self._recording, self._parameters, seed, self._warn, self._scale, self._shifts, self._ranks
+        )
         self._facts |= {"backend": curvature.backend, "cut": curvature.cut, "curvature_samples": curvature.samples}
         return curvature
 

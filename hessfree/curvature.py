@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.curvature_batch import chunks, leading_rows
+from hessfree.distributed import ALONE, Ranks
 from hessfree.linearization import (
+    BACKENDS,
     ChunkedLinearization,
     Evaluation,
     Linearization,
@@ -19,7 +21,7 @@ from hessfree.linearization import (
     linearize_in_chunks,
 )
 from hessfree.losses import OutputHessian
-from hessfree.operators import GaussNewton, Hessian, SymmetricOperator
+from hessfree.operators import Averaged, GaussNewton, Hessian, SymmetricOperator
 from hessfree.preconditioners import Sample
 from hessfree.recording import (
     Cut,
@@ -112,6 +114,7 @@ class CurvatureBuilder:
         warn: Callable[[str], None],
         scale: float = 1.0,
         shifts: Sequence[float] = (),
+        ranks: Ranks = ALONE,
     ) -> Curvature:
         """Build the curvature of `recording`.
 
@@ -122,15 +125,39 @@ class CurvatureBuilder:
             warn: Told, once a message, what the user should know.
             scale: k: the solver's matrix is k times the recording's G.
             shifts: The diagonal that the solver adds, one number a parameter.
+            ranks: The processes over which the curvature is averaged.
 
         Returns:
             The curvature.
         """
+        details = seed, warn, scale, shifts, ranks
+        if ranks.size == 1:
+            return self._build(recording, parameters, self._backend, *details)
+        here = ranks.guard(lambda: self._build(recording, parameters, self._backend, *details))
+        facts = ranks.agree(None, BACKENDS.index(here.backend), here.sample is None)
+        if here.backend != "graph" and any(backend != facts[0][0] for backend, _ in facts):
+            warn("another rank cannot use the back end that this one can; the autograd graph is used on all")
+            here = self._build(recording, parameters, "graph", *details)
+        sample = None if any(none for _, none in facts) else here.sample
+        return dataclasses.replace(here, operator=Averaged(here.operator, ranks), sample=sample)
+
+    def _build(
+        self,
+        recording: Recording,
+        parameters: ParameterVector,
+        backend: str,
+        seed: int,
+        warn: Callable[[str], None],
+        scale: float,
+        shifts: Sequence[float],
+        ranks: Ranks,
+    ) -> Curvature:
+        """Build the curvature of this rank's recording."""
         cut = self._cut(recording, parameters, warn)
         if not cut.outputs:
             return Curvature(Hessian(cut.tail, parameters), "graph", cut.place.words, 0, None)
         rows = leading_rows(recording, cut, self._curvature_batch, warn)
-        evaluation, linearization = self._evaluate(recording, cut, rows, parameters, warn)
+        evaluation, linearization = self._evaluate(recording, cut, rows, parameters, warn, backend)
         part = None if evaluation.rows is None else evaluation.samples
         hessian = OutputHessian.of(cut) if part is None else OutputHessian.of(cut).leading(part)
         hessian = hessian.in_precision_of(linearization.space)
@@ -142,7 +169,7 @@ class CurvatureBuilder:
         direct = cut.tail if cut.tail.has_direct else None
         operator = GaussNewton(linearization, hessian, parameters, direct, outputs)
 
-        def sample() -> Sample:
+        def make() -> Sample:
             network = evaluation.network
             assert network is not None
             return Sample(
@@ -157,10 +184,19 @@ class CurvatureBuilder:
                 shifts,
             )
 
+        def sample() -> Sample:
+            return Sample.of_all(ranks, make)
+
         return Curvature(operator, linearization.name, cut.place.words, evaluation.samples, sample)
 
     def _evaluate(
-        self, recording: Recording, cut: Cut, rows: int | None, parameters: ParameterVector, warn: Callable[[str], None]
+        self,
+        recording: Recording,
+        cut: Cut,
+        rows: int | None,
+        parameters: ParameterVector,
+        warn: Callable[[str], None],
+        backend: str,
     ) -> tuple[Evaluation, Linearization]:
         """Linearise on a part of the batch, or on all of it where the part meets another network."""
         precise = not self._keeps_autocast
@@ -178,10 +214,10 @@ class CurvatureBuilder:
             evaluation = evaluation_of(None if rows is None else slice(0, rows))
             parts = chunks(recording, cut, rows, self._microbatch, warn)
             if parts:
-                chunked = linearize_in_chunks(self._backend, parts, evaluation_of, *how)
+                chunked = linearize_in_chunks(backend, parts, evaluation_of, *how)
                 if chunked is not None:
                     return evaluation, chunked
-            found = choose(self._backend, evaluation, *how)
+            found = choose(backend, evaluation, *how)
             if found is not None:
                 if not (self._keeps_autocast or evaluation.precise or found.name == "traced"):
                     warn(

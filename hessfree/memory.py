@@ -101,18 +101,21 @@ class Memory:
         return dataclasses.replace(self, step=step, replayable=replayable, pending=None, solver={})
 
 
-def reduction_ratio(change: float, predicted: float, loss: Tensor) -> float:
-    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss`."""
-    noise = 10 * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
+def reduction_ratio(change: float, predicted: float, loss: float, dtype: torch.dtype) -> float:
+    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss` in `dtype`."""
+    noise = 10 * torch.finfo(dtype).eps * abs(loss)
     return change / predicted if abs(predicted) > noise else math.nan
 
 
-def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, weight_decay: Sequence[float]) -> float:
+def ratio_of_last(
+    memory: Memory, loss: float, dtype: torch.dtype, parameters: ParameterVector, weight_decay: Sequence[float]
+) -> float:
     """Return ρ of the step before, whose loss after it is the loss with which this one begins.
 
     Args:
         memory: What the last step left.
         loss: The recorded loss of this step.
+        dtype: Its dtype.
         parameters: The parameters.
         weight_decay: One number a parameter.
 
@@ -123,4 +126,4 @@ def ratio_of_last(memory: Memory, loss: Tensor, parameters: ParameterVector, wei
         return math.nan
     before, predicted, *_ = memory.pending
     squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
-    return reduction_ratio(float(loss.detach()) + 0.5 * sum(squares) - before, predicted, loss)
+    return reduction_ratio(loss + 0.5 * sum(squares) - before, predicted, loss, dtype)

@@ -28,10 +28,10 @@ from hessfree.recording import (
     Closure,
     Owners,
     Recording,
+    Together,
     autocast_as,
-    check_one_process,
+    check_closure,
     check_reached,
-    record,
     replay,
     twice_differentiable,
     unseen,
@@ -79,6 +79,7 @@ class HessianFree(Optimizer):
         max_step_norm: float | None = None,
         step_norm: StepNorm = "euclidean",
         gradient_ema: float = 0.0,
+        process_group: Any = "auto",
     ) -> None:
         """Set up the optimizer.
 
@@ -110,6 +111,7 @@ class HessianFree(Optimizer):
                 which takes no product (see `Settings`).
             gradient_ema: β of a moving average of the gradients, which stands for the gradient in the linear system;
                 0 does without. It goes on through rejected steps, or a stale mean would be tried for ever.
+            process_group: Over whose ranks the loss is averaged; "auto" finds out (see `Settings`).
         """
         self.settings = Settings(
             model=model,
@@ -127,6 +129,7 @@ class HessianFree(Optimizer):
             max_step_norm=max_step_norm,
             step_norm=step_norm,
             gradient_ema=gradient_ema,
+            process_group=process_group,
         )
         self.accumulated_batches: int | None = None
         self.last_step: StepReport | None = None
@@ -201,20 +204,18 @@ class HessianFree(Optimizer):
             RuntimeError: No closure was given, or its loss cannot be followed.
             ValueError: The batch is empty, or a setting is out of range.
         """
-        if closure is None:
-            raise RuntimeError(
-                "HessianFree.step() was called without a closure, and needs one: def closure(): optimizer.zero_grad(); "
-                "loss = ...; loss.backward(); return loss. (A GradScaler and precision='16-mixed' call step() without "
-                "one: use bfloat16 or float32 there)"
-            )
-        check_one_process()
-        parameters = self._trainable()
+        given, parameters = check_closure(closure), self._trainable()
         check_groups(self.param_groups)
+        with self._together.telling():
+            return self._step(given, parameters)
+
+    def _step(self, closure: Closure, parameters: ParameterVector) -> Any:
         started, seen = time.perf_counter(), self._counter.total
         tree = CallTree(self._owners, parameters.device, self._builder.keeps_inputs, self._builder.keeps_value)
-        recording = record(closure, parameters, tree, stale=self._counter.highest() == 0)
+        recording = self._together.record(closure, parameters, tree, stale=self._counter.highest() == 0)
         try:
             check_reached(recording.roots, self._counter.total - seen)
+            self._together.share(recording, parameters, self._accumulated(recording))
             damping = self._damping_after_last(recording, parameters)
             attempt = self._attempt(closure, recording, parameters, damping)
         except BaseException:
@@ -252,8 +253,7 @@ class HessianFree(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs."""
-        names = ("settings", "accumulated_batches", "last_step")
-        return super().__getstate__() | {name: getattr(self, name) for name in names}
+        return super().__getstate__() | {n: getattr(self, n) for n in ("settings", "accumulated_batches", "last_step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what `__getstate__`, or `load_state_dict`, gives."""
@@ -278,6 +278,7 @@ class HessianFree(Optimizer):
         self._replaying = False
         self._warned: set[str] = set()
         self._counter = BackwardCounter()
+        self._together = Together(self.settings.process_group)
         self._parameters: ParameterVector | None = None
 
     def _trainable(self) -> ParameterVector:
@@ -308,7 +309,7 @@ class HessianFree(Optimizer):
         """Return λ of each group, after the step before has been judged by the loss of this one, if it is to be."""
         damping = [float(group["damping"]) for group in self.param_groups]
         decay = spread([group["weight_decay"] for group in self.param_groups], self.param_groups)
-        ratio = ratio_of_last(self._memory, recording.loss, parameters, decay)
+        ratio = ratio_of_last(self._memory, recording.value, recording.loss.dtype, parameters, decay)
         if math.isnan(ratio):
             return damping
         return [self.settings.damping_rule.next_damping(value, ratio, False) for value in damping]
@@ -319,7 +320,7 @@ class HessianFree(Optimizer):
         def evaluate() -> float:
             self._replaying = True
             try:
-                return replay(closure, recording, parameters)
+                return self._together.ranks.mean_number(lambda: replay(closure, recording, parameters))
             finally:
                 self._replaying = False
 
@@ -333,15 +334,13 @@ class HessianFree(Optimizer):
             evaluate,
             self._warn_once,
             self._accumulated(recording),
+            self._together.ranks,
         )
 
     def _accumulated(self, recording: Recording) -> float:
         """Return k where `p.grad` is the sum over k micro-batches, of which the recorded loss is one."""
-        if self.accumulated_batches is not None:
-            return float(self.accumulated_batches)
-        if not recording.accumulated:
-            return 1.0
-        return max(1.0, self._counter.highest() / recording.backwards)
+        known = self.accumulated_batches
+        return self._counter.batches(recording.accumulated, recording.backwards) if known is None else float(known)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hessfree.curvature_batch import check_curvature_batch
 from hessfree.damping import DampingRule
+from hessfree.distributed import check_process_group
 from hessfree.line_search import LineSearch
 from hessfree.linearization import check_backend, check_compile, check_microbatch
 from hessfree.momentum import Momentum
@@ -44,6 +45,8 @@ class Settings:
             "preconditioner": lr·√|bᵀd| for s = lr·d, which takes no product. It is √(sᵀMs) where d = M⁻¹b (the
             trust region of Ba, Grosse & Martens 2017), and √(sᵀ(G + λI)s) for an iterate d of CG from zero.
         gradient_ema: β of a moving average of the gradients, in the place of the gradient in b; 0 does without.
+        process_group: Over whose ranks the loss is averaged: a process group, whose gradients are then averaged too;
+            "auto" for that of the DistributedDataParallel that the closure calls; None for this process alone.
     """
 
     model: nn.Module | None
@@ -61,6 +64,7 @@ class Settings:
     microbatch: int | None = None
     compile: bool = False
     curvature_precision: Precision = "parameters"
+    process_group: Any = "auto"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -72,6 +76,7 @@ class Settings:
         check_microbatch(self.microbatch)
         check_compile(self.compile, self.linearization)
         check_curvature_batch(self.curvature_batch)
+        check_process_group(self.process_group)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be an integer")
         if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:

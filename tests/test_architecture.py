@@ -21,6 +21,7 @@ ROOMS = (
     "vectors",
     "matmul",
     "report",
+    "distributed",
     "recording",
     "losses",
     "linearization",

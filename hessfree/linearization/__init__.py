@@ -12,11 +12,12 @@ from hessfree.linearization.evaluation import Evaluation, batch_size, single_roo
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
 from hessfree.linearization.models import call_model, linearize, linearize_recorded, run_model
-from hessfree.linearization.select import check_backend, check_compile, choose
+from hessfree.linearization.select import BACKENDS, check_backend, check_compile, choose
 from hessfree.linearization.selftest import find_fault
 from hessfree.linearization.traced import TraceCache, TracedLinearization
 
 __all__ = [
+    "BACKENDS",
     "ChunkedLinearization",
     "Evaluation",
     "FunctionalLinearization",

@@ -1,5 +1,6 @@
 """Curvature matrices as operators: `A @ v`, `A.to_dense()`, `A.diagonal()`, `A.trace()`, `A.to_scipy()`."""
 
+from hessfree.operators.averaged import Averaged
 from hessfree.operators.base import LinearOperator, LowRank, SymmetricOperator
 from hessfree.operators.deferred import Deferred
 from hessfree.operators.empirical_fisher import EmpiricalFisher
@@ -11,6 +12,7 @@ from hessfree.operators.jacobian_gram import JacobianGram
 from hessfree.operators.root import ProductRoot, Root
 
 __all__ = [
+    "Averaged",
     "Deferred",
     "EmpiricalFisher",
     "FactoredRoot",

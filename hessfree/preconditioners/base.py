@@ -8,17 +8,18 @@ hold it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hessfree.distributed import ALONE, Ranks
 from hessfree.losses import OutputHessian
 from hessfree.recording import Call, Output
 from hessfree.rows import OutputGraph
 from hessfree.solvers import Map
-from hessfree.vectors import ParameterVector
+from hessfree.vectors import FlatSpace, ParameterVector
 
 State = dict[str, Any]
 
@@ -37,6 +38,8 @@ class Sample:
         seed: For random cotangents; differs from step to step.
         scale: k: the solver's matrix is k times this sample's G.
         shifts: The diagonal of D at this step, one number a parameter; empty for zeros.
+        ranks: The processes that learn together. Everything above is of this rank's batch.
+        shares: For every rank, the number of outputs, of samples in the longest output, and of samples.
     """
 
     parameters: ParameterVector
@@ -48,6 +51,41 @@ class Sample:
     seed: int
     scale: float = 1.0
     shifts: Sequence[float] = ()
+    ranks: Ranks = ALONE
+    shares: Sequence[tuple[int, int, int]] = ()
+
+    @classmethod
+    def of_all(cls, ranks: Ranks, make: Callable[[], Sample]) -> Sample:
+        """Make a sample on every rank, or fail on every rank.
+
+        Args:
+            ranks: The processes that learn together.
+            make: Makes that of this rank.
+
+        Returns:
+            This rank's.
+        """
+        own = ranks.guard(make)
+        rows = ranks.agree(None, own.hessian.space.size, longest(own.hessian.space), own.samples)
+        shares = [(int(size), int(rows), int(samples)) for size, rows, samples in rows]
+        return dataclasses.replace(own, ranks=ranks, shares=shares)
+
+    def signs(self, generator: torch.Generator, by_samples: bool = False) -> Tensor:
+        """Draw random signs for the batches of all ranks, one after another, and return those of this rank's.
+
+        Args:
+            generator: In the same state on all ranks; it advances by as much on all.
+            by_samples: One for each sample of the longest output, not one for each output.
+
+        Returns:
+            Ones and minus ones, in the outputs' dtype.
+        """
+        space = self.hessian.space
+        own = (space.size, longest(space), self.samples)
+        counts = [share[int(by_samples)] for share in self.shares or [own]]
+        first = sum(counts[: self.ranks.rank])
+        drawn = torch.randint(0, 2, (sum(counts),), generator=generator, device=space.device)
+        return drawn[first : first + own[int(by_samples)]].to(space.dtype).mul_(2).sub_(1)
 
     @property
     def graph(self) -> OutputGraph:
@@ -57,6 +95,11 @@ class Sample:
     def generator(self) -> torch.Generator:
         """Return a generator on the outputs' device, seeded by the step."""
         return torch.Generator(self.hessian.space.device).manual_seed(self.seed)
+
+
+def longest(space: FlatSpace) -> int:
+    """Return the number of samples of the output that has the most."""
+    return max((shape[0] for shape in space.shapes if shape), default=1)
 
 
 class Preconditioner(Protocol):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hessfree.preconditioners.base import Sample
-from hessfree.vectors import FlatSpace
 
 
 def cotangents(sample: Sample, factors: str) -> tuple[Iterator[Tensor], str | None]:
@@ -27,27 +26,26 @@ def cotangents(sample: Sample, factors: str) -> tuple[Iterator[Tensor], str | No
     if form is None:
         # sqrt(N) times the mean loss's own gradients: u uᵀ has the empirical Fisher matrix as its mean
         own = space.flatten(sample.gradients) * math.sqrt(sample.samples)
-        return iter([own * signs(space, generator)]), (
+        return iter([own * signs(sample, generator)]), (
             "the Hessian of the loss in the outputs has no structure that can be sampled; the preconditioner uses "
             "the loss's own output gradients instead (the empirical Fisher)"
         )
     if factors == "exact":
-        return (u * signs(space, generator) for u in form.columns(space)), None
-    return iter([form.sample(generator, space)]), None
+        return (u * signs(sample, generator) for u in form.columns(space)), None
+    return iter([form.root(sample.signs(generator))]), None
 
 
-def signs(space: FlatSpace, generator: torch.Generator) -> Tensor:
+def signs(sample: Sample, generator: torch.Generator) -> Tensor:
     """Draw a sign for each sample: samples that one backward pass sums up must not correlate.
 
     Args:
-        space: The outputs.
+        sample: The network on the curvature batch.
         generator: On their device.
 
     Returns:
         Signs `[Z]`, the same for all outputs of a sample.
     """
-    longest = max((shape[0] for shape in space.shapes if shape), default=1)
-    drawn = torch.randint(0, 2, (longest,), generator=generator, device=space.device).to(space.dtype) * 2 - 1
+    space, drawn = sample.hessian.space, sample.signs(generator, by_samples=True)
     rows = [shape[0] if shape else 1 for shape in space.shapes]
     pieces = zip(rows, space.numels, strict=True)
     return torch.cat([drawn[:n].repeat_interleave(numel // max(n, 1)) for n, numel in pieces])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +43,24 @@ class Diagonal(AveragedRefresh):
         inverse = damped.clamp_min(float(damped.max()) * precision.eps + precision.tiny) ** -self.power
         return lambda r: inverse * r
 
-    def averaged(self, state: State, d: Tensor, step: int) -> tuple[State, str | None]:
-        """Return `state` with `d` averaged in.
+    def averaged(
+        self, state: State, sample: Sample, estimate: Callable[[], Tensor], step: int
+    ) -> tuple[State, str | None]:
+        """Return `state` with a new estimate averaged in.
+
+        Over several ranks it is the mean of their estimates, each of its own batch: the products of two ranks' draws,
+        which the square of a sum would hold, have no mean but a variance.
 
         Args:
             state: What was learned so far.
-            d: A new estimate, `[P]`.
+            sample: The network on the curvature batch.
+            estimate: Returns a new estimate, `[P]`.
             step: Number of the step.
 
         Returns:
-            The new state, and a warning where `d` is not finite.
+            The new state, and a warning where the estimate is not finite.
         """
+        d = sample.ranks.mean(sample.ranks.guard(estimate))
         if not bool(torch.isfinite(d).all()):
             return state, "the diagonal of the curvature is not finite; the preconditioner keeps the one it had"
         updates = state.get("updates", 0) + 1

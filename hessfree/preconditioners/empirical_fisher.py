@@ -32,8 +32,8 @@ class EmpiricalFisherDiagonal(Diagonal):
             The new state, and a warning where it is not finite.
         """
         space = sample.hessian.space
-        u = space.flatten(sample.gradients) * signs(space, sample.generator()) * math.sqrt(sample.samples)
-        return self.averaged(state, squares(sample, [u]), step)
+        u = space.flatten(sample.gradients) * signs(sample, sample.generator()) * math.sqrt(sample.samples)
+        return self.averaged(state, sample, lambda: squares(sample, [u]), step)
 
     def describe(self, state: State) -> str:
         """Return what a report says of it."""

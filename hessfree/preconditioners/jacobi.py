@@ -46,10 +46,10 @@ class Jacobi(Diagonal):
         """
         if self.method == "exact":
             network = GraphLinearization(sample.outputs, sample.parameters)
-            diagonal = GaussNewton(network, sample.hessian, sample.parameters).diagonal()
-            return self.averaged(state, diagonal.clamp_min(0), step)
+            operator = GaussNewton(network, sample.hessian, sample.parameters)
+            return self.averaged(state, sample, lambda: operator.diagonal().clamp_min_(0), step)
         drawn, warning = cotangents(sample, "sampled")
-        state, trouble = self.averaged(state, squares(sample, drawn), step)
+        state, trouble = self.averaged(state, sample, lambda: squares(sample, drawn), step)
         return state, trouble or warning
 
     def describe(self, state: State) -> str:

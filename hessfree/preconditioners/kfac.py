@@ -16,6 +16,7 @@ from hessfree.preconditioners.layer_calls import LayerCalls, refusal, served_lay
 from hessfree.preconditioners.layers import LAYERS
 from hessfree.preconditioners.moments import InputMoments, check_moments
 from hessfree.preconditioners.refresh import AveragedRefresh
+from hessfree.preconditioners.shared import share_factors
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
@@ -100,8 +101,15 @@ class KFAC(AveragedRefresh):
         others = [i for i in range(len(sample.parameters.params)) if i not in covered]
         dtype = sample.parameters.dtype
         given = self._given(sample.parameters)
-        inner = [self._inner(layer, known.get(layer.place), given, updates, dtype) for layer in layers]
-        outer, squares, warning = _measure(sample, self.factors, layers, others)
+
+        def look() -> tuple[list[Tensor | None], list[Tensor], list[Tensor], str | None]:
+            inner = [self._inner(layer, known.get(layer.place), given, updates, dtype) for layer in layers]
+            return inner, *_measure(sample, self.factors, layers, others)
+
+        inner, outer, squares, warning = sample.ranks.guard(look)
+        measured = [i for i, layer in enumerate(layers) if inner[i] is not None and layer.place.weight not in given]
+        if not share_factors(sample.ranks, layers, inner, outer, squares, measured):
+            return state, "the ranks called different layers, and K-FAC keeps the factors it had"
         if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares) if t is not None):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
         keep = min(1 - 1 / updates, self.decay)

@@ -27,6 +27,7 @@ class LayerCalls:
         parts: How each call's layer looks.
         owns_bias: Whether each call adds the block's bias: two layers may share the weight and not the bias.
         is_output: What the layer returns is z itself.
+        rows: The rows that `inner` was the mean over.
     """
 
     place: Place
@@ -35,6 +36,7 @@ class LayerCalls:
     parts: list[Part]
     owns_bias: list[bool]
     is_output: bool = False
+    rows: int = 0
 
     def inner(self, dtype: torch.dtype) -> Tensor:
         """Return A, the mean of a aᵀ over the rows of all calls.
@@ -53,8 +55,11 @@ class LayerCalls:
                 a = torch.cat([a, a.new_full((*a.shape[:-1], 1), float(owns))], -1)
             found.append(a)
         if one_hot:
-            return torch.cat(found).mean(0)
+            a = torch.cat(found)
+            self.rows = len(a)
+            return a.mean(0)
         a = torch.cat(found, 1)
+        self.rows = a.shape[1]
         a = a.mT @ a / a.shape[1]
         return a if self.place.groups > 1 else a[0]
 

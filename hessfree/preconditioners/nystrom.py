@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfree.linearization import GraphLinearization
-from hessfree.operators import GaussNewton
+from hessfree.operators import Averaged, GaussNewton, SymmetricOperator
 from hessfree.preconditioners.base import Sample, State
 from hessfree.preconditioners.refresh import Refresh, check_count
 from hessfree.solvers import Map
@@ -59,7 +59,9 @@ class Nystrom(Refresh):
             The new state, and a warning where G has no such approximation (negative curvature, not finite).
         """
         network = GraphLinearization(sample.outputs, sample.parameters)
-        operator = GaussNewton(network, sample.hessian, sample.parameters)
+        operator: SymmetricOperator = GaussNewton(network, sample.hessian, sample.parameters)
+        if sample.ranks.size > 1:
+            operator = Averaged(operator, sample.ranks)
         rank = min(self.rank, operator.size)
         generator = torch.Generator(operator.device).manual_seed(sample.seed)
         drawn = torch.randn(operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device)

@@ -15,6 +15,7 @@ from hessfree.preconditioners.jacobian_rows import jacobian_rows
 from hessfree.preconditioners.kfac import KFAC
 from hessfree.preconditioners.kronecker import eigh, matrix_of, write_matrix
 from hessfree.preconditioners.refresh import Refresh, check_count, check_positive
+from hessfree.preconditioners.shared import share_of_samples, share_rows
 from hessfree.rows import add_gram
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
@@ -82,7 +83,11 @@ class Woodbury(Refresh):
             return state, warning
         shifts = sample.shifts or [0.0] * len(sample.parameters.params)
         shifts = [self.damping_scale * s for s in shifts]
-        rows, complete = jacobian_rows(sample, self.samples, kfac["blocks"], kfac["diagonal"])
+        count = share_of_samples(sample, self.samples)
+        found = share_rows(sample.ranks, lambda: jacobian_rows(sample, count, kfac["blocks"], kfac["diagonal"]))
+        if found is None:
+            return state, "the ranks called layers in different ways, and the Woodbury preconditioner stays as it was"
+        rows, complete = found
         # K stands for the samples that U does not hold; where there are none, M is G + λI itself
         factor = 0.0 if complete else self.weight * sample.scale
         if complete:  # less than the rounding of G would leave the Gram matrix without a Cholesky factor

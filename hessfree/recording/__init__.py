@@ -4,13 +4,14 @@ from hessfree.recording.accumulation import BackwardCounter
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.calls import Call, CallTree, Output, Owners, space_of, twice_differentiable
-from hessfree.recording.checks import check_one_process, check_reached
+from hessfree.recording.checks import check_closure, check_reached
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.leaf_hooks import leaf_hooks_off
 from hessfree.recording.onlookers import is_replaying, unseen
 from hessfree.recording.random_state import RandomState
 from hessfree.recording.tail import Tail
+from hessfree.recording.together import Together
 from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
 from hessfree.recording.world import World
 
@@ -29,12 +30,13 @@ __all__ = [
     "RandomState",
     "Recording",
     "Tail",
+    "Together",
     "Trace",
     "World",
     "autocast_as",
     "autocast_now",
     "call_at",
-    "check_one_process",
+    "check_closure",
     "check_reached",
     "collect_marks",
     "explains_gradient",

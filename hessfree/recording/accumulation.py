@@ -52,6 +52,18 @@ class BackwardCounter:
         """Start again from zero."""
         self._counts.clear()
 
+    def batches(self, accumulated: bool, backwards: int) -> float:
+        """Return k where `p.grad` is the sum over k micro-batches, of which the recorded loss is one.
+
+        Args:
+            accumulated: Whether `p.grad` held something before the recorded loss was differentiated.
+            backwards: How many backward passes the recorded loss is made of.
+
+        Returns:
+            k, at least 1.
+        """
+        return max(1.0, self.highest() / backwards) if accumulated else 1.0
+
     def highest(self) -> int:
         """Return the most gradients that any parameter has accumulated."""
         return max(self._counts.values(), default=0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from hessfree.recording.autocast import Autocast, autocast_now
@@ -153,6 +154,7 @@ class CallTree:
     Attributes:
         roots: The outermost calls.
         buffers: The buffers of every module called, as they were before its first call.
+        wrappers: The DistributedDataParallel modules called. In their place stand the modules that they wrap.
         paused: While true nothing is recorded (a checkpoint recomputes modules inside backward).
     """
 
@@ -173,6 +175,7 @@ class CallTree:
         """
         self.roots: list[Call] = []
         self.buffers = BufferStates()
+        self.wrappers: list[nn.Module] = []
         self.paused = False
         self._owners = owners
         self._device = device
@@ -201,6 +204,10 @@ class CallTree:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.paused or threading.get_ident() != self._thread:
             return
+        if isinstance(module, DistributedDataParallel):  # it may hand buffers round before it calls its module
+            if module in self._owners and module not in self.wrappers:
+                self.wrappers.append(module)
+            return
         self.buffers.see(module)
         if module not in self._owners:
             return
@@ -217,6 +224,8 @@ class CallTree:
     def _after(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
         # torch passes no kwargs where the forward raised and the hook runs only because of always_call
         if self.paused or threading.get_ident() != self._thread or module not in self._owners:
+            return
+        if isinstance(module, DistributedDataParallel):
             return
         call = self._stack.pop()
         if call.inputs or not self._stack:

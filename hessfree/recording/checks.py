@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,22 @@ from hessfree.recording.calls import Call
 from hessfree.recording.tail import walk
 
 
-def check_one_process() -> None:
-    """Refuse several processes.
+def check_closure(closure: Callable[[], Any] | None) -> Callable[[], Any]:
+    """Return `closure`.
+
+    Args:
+        closure: What `step` was given.
 
     Raises:
-        RuntimeError: The default process group has more than one.
+        RuntimeError: It was given none.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise RuntimeError(
-                f"HessianFree runs in one process, and the default process group has {world}: its curvature products "
-                "are not averaged over ranks, which would drift apart. Train in one process, or use another optimizer"
-            )
+    if closure is None:
+        raise RuntimeError(
+            "HessianFree.step() was called without a closure, and needs one: def closure(): optimizer.zero_grad(); "
+            "loss = ...; loss.backward(); return loss. (A GradScaler and precision='16-mixed' call step() without "
+            "one: use bfloat16 or float32 there)"
+        )
+    return closure
 
 
 def check_reached(roots: Sequence[Call], gradients: int) -> None:

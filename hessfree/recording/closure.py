@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hessfree.distributed import silent
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.calls import CallTree, twice_differentiable
 from hessfree.recording.checks import (
@@ -51,6 +52,8 @@ class Recording(Trace):
         before: The world before the closure ran.
         after: The world after it ran.
         autocast: Whether it was called under autocast.
+        wrappers: The DistributedDataParallel modules called.
+        value: The loss as a number; the mean over ranks, once they have shared it.
     """
 
     returned: Any
@@ -61,6 +64,8 @@ class Recording(Trace):
     before: World
     after: World
     autocast: Autocast
+    wrappers: list[nn.Module]
+    value: float
 
 
 class _Interceptor(TorchFunctionMode):
@@ -95,7 +100,8 @@ class _Interceptor(TorchFunctionMode):
 class _Gradients:
     """Takes the place of the closure's backward calls: passes them on, and keeps the losses and their gradient."""
 
-    def __init__(self, parameters: ParameterVector, tree: CallTree) -> None:
+    def __init__(self, parameters: ParameterVector, tree: CallTree, before_backward: Callable[[], None]) -> None:
+        self.before_backward = before_backward
         self.losses: list[Tensor] = []
         self.before: list[Tensor | None] = []
         self.total: Tensor | None = None
@@ -111,6 +117,7 @@ class _Gradients:
         if not self.losses:
             self.before = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters.params]
         self.losses.append(_scaled(loss, kwargs.get("gradient")))
+        self.before_backward()
         self._tree.paused = True
         try:
             backward(loss, **{**kwargs, "retain_graph": True})
@@ -139,7 +146,13 @@ class _Gradients:
                 )
 
 
-def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale: bool = False) -> Recording:
+def record(
+    closure: Closure,
+    parameters: ParameterVector,
+    tree: CallTree,
+    stale: bool = False,
+    before_backward: Callable[[], None] = lambda: None,
+) -> Recording:
     """Run `closure` once and keep its loss with its graph.
 
     Args:
@@ -149,12 +162,13 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
         tree: Records the module calls; entered here.
         stale: Whether `p.grad` is left from an earlier step. A closure that only returns a loss does not clear
             it, and it is cleared for it.
+        before_backward: Called before each backward pass.
 
     Returns:
         The recording. `p.grad` is as the closure left it. Where the closure raises, random generators and
         buffers are put back.
     """
-    gradients = _Gradients(parameters, tree)
+    gradients = _Gradients(parameters, tree, before_backward)
     mode = _Interceptor(gradients.on_backward)
     before = World(RandomState.capture(parameters.device), mode.generators, tree.buffers)
     seen = gradient_versions(parameters.params)
@@ -171,8 +185,9 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
                 gradients.on_backward(returned, torch.Tensor.backward, {})
             elif len(gradients.losses) == 1:
                 check_unscaled(gradients.losses[0], returned)
+            loss = gradients.loss()
             return Recording(
-                loss=gradients.loss(),
+                loss=loss,
                 roots=tree.roots,
                 marks=marks,
                 buffers=tree.buffers,
@@ -184,6 +199,8 @@ def record(closure: Closure, parameters: ParameterVector, tree: CallTree, stale:
                 before=before,
                 after=before.now(parameters.device),
                 autocast=autocast_now(parameters.device),
+                wrappers=tree.wrappers,
+                value=float(loss.detach()),
             )
     except BaseException:
         before.restore()
@@ -210,7 +227,7 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
     stash = [p.grad for p in parameters.params]
     others = [(p, p.grad) for p in leaves_of(recording.loss) if p not in parameters]
     # a graph that saved a buffer must stay legal, whatever the forward pass does to it
-    with recording.before.buffers.versions_kept(), twice_differentiable():
+    with recording.before.buffers.versions_kept(), twice_differentiable(), silent(recording.wrappers):
         try:
             for p, g in others:  # another optimizer's: the closure may clear or clip them, but only a copy
                 p.grad = None if g is None else g.clone()

@@ -1,0 +1,153 @@
+"""Checks of whole steps in two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from hessfree import (
+    CG,
+    KFAC,
+    Armijo,
+    EmpiricalFisherDiagonal,
+    HessianFree,
+    Jacobi,
+    Nystrom,
+    QuadraticModelMomentum,
+    Woodbury,
+)
+from tests.distributed.training import PINNED, batches, loop, network, on_a_rank, state_of
+
+CHECKS: dict[str, Callable[[int], Any]] = {}
+PRECONDITIONERS = {
+    "kfac": KFAC(),
+    "kfac_exact": KFAC(factors="exact"),
+    "woodbury_all": Woodbury(samples=None),
+    "woodbury_some": Woodbury(samples=20, kfac=KFAC(factors="exact")),
+    "jacobi": Jacobi(method="exact"),
+    "nystrom": Nystrom(rank=10, update_every=1),
+}
+
+
+def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+@check
+def pinned(rank: int) -> Any:
+    return state_of(on_a_rank(network(), batches(40, 24)[rank], 20, **PINNED))
+
+
+class Mixed(nn.Module):
+    """Dropout that differs by rank, parameters of no K-FAC layer, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 24), nn.LayerNorm(24), nn.SELU(), nn.Dropout(0.2), nn.Linear(24, 2))
+        self.scale = nn.Parameter(torch.ones(2))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+@check
+def defaults(rank: int) -> Any:
+    model = DistributedDataParallel(Mixed(), find_unused_parameters=True)
+    x, y = batches(300, 270, dtype=torch.float32)[rank]
+    optimizer = HessianFree(model.parameters(), curvature_batch=0.9)
+    torch.manual_seed(rank)
+    loop(optimizer, lambda: F.mse_loss(model(x), y), 50)
+    return state_of(optimizer)
+
+
+@check
+def recipes(rank: int) -> Any:
+    """The recipe for fixed data, and a line search with momentum."""
+    found = []
+    for make, settings in (
+        (HessianFree.full_batch, {}),
+        (HessianFree.stochastic, {"line_search": Armijo(), "momentum": QuadraticModelMomentum()}),
+        (HessianFree, {"preconditioner": EmpiricalFisherDiagonal(), "solver": CG(max_iterations=20, warm_start=0.9)}),
+    ):
+        model = DistributedDataParallel(network(torch.float32))
+        x, y = batches(40, 24, dtype=torch.float32)[rank]
+        optimizer = make(model.parameters(), **settings)
+        loop(optimizer, lambda model=model, x=x, y=y: F.mse_loss(model(x), y), 12)
+        found.append(state_of(optimizer))
+    return found
+
+
+@check
+def preconditioners(rank: int) -> Any:
+    return {
+        name: state_of(on_a_rank(network(), batches(32, 32)[rank], 6, preconditioner=preconditioner))
+        for name, preconditioner in PRECONDITIONERS.items()
+    }
+
+
+@check
+def plain_group(rank: int) -> Any:
+    """No DistributedDataParallel: the step averages the gradients, whether the closure has done so or not."""
+    found = []
+    for averages in (False, True):
+        model, (x, y) = network(), batches(40, 24)[rank]
+        optimizer = HessianFree(model.parameters(), process_group=dist.group.WORLD, **PINNED)
+
+        def closure(model=model, optimizer=optimizer, averages=averages, x=x, y=y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            for p in model.parameters() if averages else ():
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        found.append(state_of(optimizer))
+    return found
+
+
+@check
+def accumulated(rank: int) -> Any:
+    """Two micro-batches, the first of them without communication."""
+    model = DistributedDataParallel(network())
+    optimizer = HessianFree(model.parameters(), **PINNED)
+    x, y = batches(40, 24)[rank]
+    half = len(x) // 2
+    for _ in range(5):
+        optimizer.zero_grad()
+        with model.no_sync():
+            (F.mse_loss(model(x[:half]), y[:half]) / 2).backward()
+
+        def closure() -> Tensor:
+            loss = F.mse_loss(model(x[half:]), y[half:]) / 2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert optimizer.last_step is not None
+    return state_of(optimizer) | {"ratio": optimizer.last_step.reduction_ratio}
+
+
+@check
+def resumed(rank: int) -> Any:
+    """Six steps, and three with a checkpoint and three more."""
+    batch = batches(40, 24)[rank]
+    whole = state_of(on_a_rank(network(), batch, 6))
+    model = network()
+    kept = on_a_rank(model, batch, 3).state_dict()
+    wrapped = DistributedDataParallel(model)
+    optimizer = HessianFree(wrapped.parameters())
+    optimizer.load_state_dict(kept)
+    loop(optimizer, lambda: F.mse_loss(wrapped(batch[0]), batch[1]), 3)
+    return whole, state_of(optimizer)

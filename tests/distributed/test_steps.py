@@ -1,0 +1,106 @@
+"""Two processes take the step that one process takes on the mean of their losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from hessfree import HessianFree
+from tests.distributed import pair
+from tests.distributed.checks import PRECONDITIONERS
+from tests.distributed.training import PINNED, alone, batches, network, state_of
+
+Both = tuple[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+    folder: Path = tmp_path_factory.mktemp("pair")
+    return pair.run("tests.distributed.checks", folder)
+
+
+def both(found: dict[str, Both], name: str) -> Both:
+    for rank, result in enumerate(found[name]):
+        assert not isinstance(result, pair.Failed), f"rank {rank}: {result.words}"
+        assert result is not None, f"rank {rank} never came to it"
+    return found[name]
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    left, right = tree_leaves(a), tree_leaves(b)
+    return len(left) == len(right) and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(left, right, strict=True)
+    )
+
+
+def difference(state: Any, reference: HessianFree) -> float:
+    """The largest difference of parameters, over their norm."""
+    a = torch.cat([p.reshape(-1) for p in state["parameters"]])
+    b = torch.cat([p.detach().reshape(-1) for group in reference.param_groups for p in group["params"]])
+    return float((a - b).abs().max() / b.norm())
+
+
+def test_twenty_pinned_steps_are_those_of_one_process(found: dict[str, Both]) -> None:
+    first, second = both(found, "pinned")
+    assert same_bits(first, second)
+    assert difference(first, alone(network(), batches(40, 24), 20, **PINNED)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["defaults", "recipes", "preconditioners", "resumed"])
+def test_ranks_are_equal_bit_for_bit(found: dict[str, Both], name: str) -> None:
+    first, second = both(found, name)
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("name", PRECONDITIONERS)
+def test_preconditioners_are_those_of_one_process(found: dict[str, Both], name: str) -> None:
+    state = both(found, "preconditioners")[0][name]
+    # Woodbury takes its 20 samples from both ranks, where one process takes the first 20
+    joined = [
+        tuple(torch.cat([*(t[:10] for t in p), *(t[10:] for t in p)]) for p in zip(*batches(32, 32), strict=True))
+    ]
+    if name == "kfac":
+        joined = [tuple(torch.cat(p) for p in zip(*batches(32, 32), strict=True))]
+    reference = alone(network(), joined, 6, preconditioner=PRECONDITIONERS[name])
+    assert difference(state, reference) <= 1e-8
+    assert state["damping"] == state_of(reference)["damping"]
+
+
+def test_a_group_without_a_wrapper(found: dict[str, Both]) -> None:
+    first, second = both(found, "plain_group")
+    assert same_bits(first, second)
+    reference = alone(network(), batches(40, 24), 5, **PINNED)
+    for state in first:
+        assert difference(state, reference) <= 1e-10
+
+
+def test_accumulated_micro_batches(found: dict[str, Both]) -> None:
+    first, second = both(found, "accumulated")
+    assert same_bits(first, second)
+    parts = [(x[i : i + len(x) // 2], y[i : i + len(y) // 2]) for x, y in batches(40, 24) for i in (0, len(x) // 2)]
+    model = network()
+    optimizer = HessianFree(model.parameters(), **PINNED)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (sum(F.mse_loss(model(x), y) for x, y in parts[::2]) / 4).backward()
+
+        def closure() -> torch.Tensor:
+            loss = sum(F.mse_loss(model(x), y) for x, y in parts[1::2]) / 4
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert difference(first, optimizer) <= 1e-10
+    assert optimizer.last_step is not None
+    assert first["ratio"] == pytest.approx(optimizer.last_step.reduction_ratio, rel=1e-6)
+
+
+def test_a_resumed_run_is_an_unbroken_one(found: dict[str, Both]) -> None:
+    whole, resumed = both(found, "resumed")[0]
+    assert same_bits(whole["parameters"], resumed["parameters"])
+    assert same_bits(whole["state"], resumed["state"])
