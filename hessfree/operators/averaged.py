@@ -42,7 +42,7 @@ class Averaged(SymmetricOperator):
             ValueError: Always.
         """
         raise ValueError(
-            f"the Gram matrix of the outputs of {self._ranks.size} ranks is not formed: use solver=CG(), which averages "
+            f"the Gram matrix of {self._ranks.size} ranks is not formed; use solver=CG(), which averages "
             "products, or DenseCholesky(), which averages the P×P matrix"
         )
 
