@@ -111,7 +111,7 @@ def test_imports_nothing_but_torch_and_the_standard_library(path: Path) -> None:
 def test_every_room_is_there_in_this_order() -> None:
     found = {room_of(path) for path in FILES} - {"__init__"}
     assert found <= set(ROOMS)
-    assert set(ROOMS) - found <= {"lightning", "jacobian"}
+    assert set(ROOMS) - found <= {"lightning"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
