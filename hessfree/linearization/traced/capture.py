@@ -122,13 +122,18 @@ def capture(joint: Joint) -> fx.GraphModule:
         The graph, with the arguments of `joint` as placeholders.
     """
     # semi-private, hence not imported before they are needed: whatever fails here, the autograd graph remains
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
 
     examples = joint.examples()
-    recorded = make_fx(joint)(*examples)
-    if any(mutates(node) for node in recorded.graph.nodes):
-        recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
+    # make_fx notes the shape of each value as a fake tensor; without a mode to share it builds one a value, which
+    # records the stack each time and takes half of the whole trace
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        recorded = make_fx(joint)(*examples)
+        if any(mutates(node) for node in recorded.graph.nodes):
+            recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
     return recorded
 
 
