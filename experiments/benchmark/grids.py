@@ -225,6 +225,28 @@ def lbfgs(problem: Problem) -> list[Changes]:
     return _product(lr=(1.0, 0.5), history=(100, 30, 10, 300))
 
 
+def gram(problem: Problem) -> list[Changes]:
+    """The floor under the damping, which a few rows of curvature hang on, and how many they are.
+
+    Args:
+        problem: What is to be solved.
+
+    Returns:
+        `TRIALS` changes, the best guess first.
+    """
+    rows = max(1, 512 // problem.outputs)
+    return _around(
+        {"minimum_damping": 1e-2, "batch_size": 1024, "curvature_batch": rows},
+        {"minimum_damping": 1e-3},
+        {"minimum_damping": 1e-1},
+        {"curvature_batch": 2 * rows},
+        {"batch_size": 512, "curvature_batch": rows},
+        {"minimum_damping": 1e-3, "curvature_batch": 2 * rows},
+        {"minimum_damping": 1e-1, "batch_size": 512},
+        {"minimum_damping": 1e-3, "batch_size": 512},
+    )
+
+
 def dense_fisher(problem: Problem) -> list[Changes]:
     """The rows, on which the time of a step depends, and where the damping starts.
 

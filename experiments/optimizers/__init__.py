@@ -9,6 +9,7 @@ from experiments.optimizers.base import CommonSettings, Settings
 from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.full_batch import FullBatchSettings
+from experiments.optimizers.gram import GramSettings
 from experiments.optimizers.hessian_free import HessianFreeSettings, RecipeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
@@ -24,6 +25,7 @@ __all__ = [
     "CommonSettings",
     "DenseFisherSettings",
     "FullBatchSettings",
+    "GramSettings",
     "HessianFreeSettings",
     "KFACSettings",
     "LBFGSSettings",

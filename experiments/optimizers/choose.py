@@ -10,6 +10,7 @@ from experiments.optimizers.adam import AdamSettings, AdamWSettings
 from experiments.optimizers.base import Settings
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.full_batch import FullBatchSettings
+from experiments.optimizers.gram import GramSettings
 from experiments.optimizers.hessian_free import HessianFreeSettings
 from experiments.optimizers.kfac import KFACSettings
 from experiments.optimizers.lbfgs import LBFGSSettings
@@ -30,6 +31,7 @@ OPTIMIZERS: dict[str, type[Settings]] = {
     "adamw": AdamWSettings,
     "muon": MuonSettings,
     "shampoo": ShampooSettings,
+    "gram": GramSettings,
 }
 
 

@@ -58,7 +58,7 @@ def test_each_contender_has_as_many_trials_as_any_other(problem: Problem) -> Non
 
 @pytest.mark.parametrize("problem", SIZES)
 def test_the_first_guess_is_the_default_recipe(problem: Problem) -> None:
-    for name in ("hessfree", "kfac", "dense-fisher"):
+    for name in ("hessfree", "kfac", "gram", "dense-fisher"):
         if name in contenders(problem, EVERYONE):
             contender = CONTENDERS[name]
             assert contender.settings(problem, **contender.grid(problem)[0]) == contender.settings(problem)
