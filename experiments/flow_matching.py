@@ -8,6 +8,7 @@ Source: Lipman et al. 2023 (arXiv 2210.02747) and Tong et al. 2024 (arXiv 2302.0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class BatchStream:
         self._device = device
         self._block: Batch | None = None
         self._position = 0
+        self._before_block = self._generator.get_state()
 
     def draw(self, n: int) -> Batch:
         """Take the next rows.
@@ -93,8 +95,7 @@ class BatchStream:
         missing = n
         while missing:
             if self._block is None or self._position == _BLOCK:
-                block = sample_batch(self._dataset, _BLOCK, self._generator, paths=self._paths)
-                self._block = (block if self._target is None else self._target(block)).to(self._device)
+                self._block = self._next_block()
                 self._position = 0
             part = self._block[self._position : self._position + missing]
             self._position += len(part)
@@ -103,6 +104,25 @@ class BatchStream:
         if len(parts) == 1:
             return parts[0]
         return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("x_t", "t", "u")))
+
+    def _next_block(self) -> Batch:
+        self._before_block = self._generator.get_state()
+        block = sample_batch(self._dataset, _BLOCK, self._generator, paths=self._paths)
+        return (block if self._target is None else self._target(block)).to(self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the place in the sequence: from what the current block was drawn, and how much of it is used."""
+        return {"before_block": self._before_block, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place in the sequence.
+
+        Args:
+            state: From the `state_dict` of a stream with the same data, paths and target.
+        """
+        self._generator.set_state(state["before_block"])
+        self._position = state["position"]
+        self._block = self._next_block() if self._position else None
 
 
 def loss(field: Field, batch: Batch) -> Tensor:
@@ -128,12 +148,14 @@ class Evaluation:
         held_out: Rows made of data that training never sees.
         noise_floor: mean (u - E[u | x_t, t])² over `points`: what no network can go below in its training loss. NaN
             where the expectation is not known.
+        sigma: Of the paths' own noise.
     """
 
     points: Batch
     expectation: Tensor | None
     held_out: Batch
     noise_floor: float
+    sigma: float = 0.0
 
     @classmethod
     def of(
@@ -157,10 +179,10 @@ class Evaluation:
         points = sample_batch(dataset, n, generator, paths=uniform)
         held_out = uniform.join(dataset.holdout(n, generator), generator).to(device)
         if not (paths.independent and dataset.knows_expectation):
-            return cls(points.to(device), None, held_out, math.nan)
+            return cls(points.to(device), None, held_out, math.nan, paths.sigma)
         expectation = dataset.conditional_expectation(points.x_t, points.t, paths.sigma)
         floor = (points.u - expectation).square().mean().item()
-        return cls(points.to(device), expectation.to(device), held_out, floor)
+        return cls(points.to(device), expectation.to(device), held_out, floor, paths.sigma)
 
     def losses(self, field: Field) -> dict[str, float]:
         """Give both figures.

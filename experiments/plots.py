@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.problems import Problem
+from experiments.records import Run
 from experiments.results import score_name
-from experiments.training import Run
 
 # Fixed, so that an optimizer keeps its colour from figure to figure; distinguishable with any colour vision
 # (Okabe and Ito 2008).
@@ -21,8 +21,21 @@ COLOURS = {
 }
 OTHERS = ("#555555", "#8C6D31", "#7B4173", "#999999")
 _LABELS = {"seconds": "seconds of training", "samples": "training samples"}
-_INK = "#222222"
+INK = "#222222"
 _FAINT = "#BBBBBB"
+
+
+def colour_of(name: str, index: int) -> str:
+    """Give the colour of an optimizer.
+
+    Args:
+        name: The optimizer.
+        index: Its place among those shown, for names that have no colour of their own.
+
+    Returns:
+        The colour, as matplotlib takes it.
+    """
+    return COLOURS.get(name, OTHERS[index % len(OTHERS)])
 
 
 def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
@@ -48,7 +61,7 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
         ha="left",
         fontsize=13,
         fontweight="bold",
-        color=_INK,
+        color=INK,
     )
     _panel(axes[0], problem, runs, "seconds")
     _panel(axes[1], problem, runs, "samples")
@@ -61,7 +74,7 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> No
     """One panel: lines with their names at their ends, and where all began."""
     ends: list[tuple[float, float, str, str]] = []
     for index, run in enumerate(runs):
-        colour = COLOURS.get(run.optimizer, OTHERS[index % len(OTHERS)])
+        colour = colour_of(run.optimizer, index)
         # A logarithmic axis has no place for the start; the grey line shows its height.
         shown = [(getattr(point, against), point.losses[problem.score]) for point in run.points[1:]]
         shown = [(x, y) for x, y in shown if math.isfinite(y) and y > 0]
@@ -111,7 +124,7 @@ def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
             (x, math.exp(height)),
             xytext=(0, 11) if above else (8, 0),
             textcoords="offset points",
-            ha="center" if above else "left",
+            ha="left" if not above or math.log(x / left) < 0.15 * math.log(right / left) else "center",
             va="center",
             fontsize=10,
             fontweight="bold",
@@ -134,7 +147,7 @@ def style_axis(axis: Any, against: str) -> None:
         axis.spines[side].set_visible(False)
     for side in ("bottom", "left"):
         axis.spines[side].set_color("#999999")
-    axis.tick_params(which="both", color="#999999", labelcolor=_INK)
+    axis.tick_params(which="both", color="#999999", labelcolor=INK)
     label_ticks(axis.yaxis)
     if against == "seconds":
         axis.xaxis.set_major_formatter("{x:g}")

@@ -1,15 +1,16 @@
-"""What a comparison leaves behind: results.json, TensorBoard scalars, and a table to read in the terminal."""
+"""What a comparison leaves behind: results.json, and a table to read in the terminal."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.environment import UsageError, describe
+from experiments.environment import describe
 from experiments.problems import Noisy, Problem
-from experiments.training import Point, Run
+from experiments.records import Point, Run
+from experiments.sample_metrics import Quality
 
 _SCORES = {"holdout_loss": "held-out loss"}  # where the name in words is not the key's
 _MEANINGS = {
@@ -19,6 +20,8 @@ _MEANINGS = {
     "train_objective": "Train objective is the training loss on all rows.",
 }
 _REFERENCE = "adam"
+PLAIN = "plain"  # the loop of experiments.training
+LIGHTNING = "lightning"
 
 
 def score_name(score: str) -> str:
@@ -33,12 +36,16 @@ def score_name(score: str) -> str:
     return _SCORES.get(score, score.replace("_", " "))
 
 
-def as_json(problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
+def as_json(
+    problem: Problem, runs: Sequence[Run], qualities: Mapping[str, Quality] | None = None, loop: str = PLAIN
+) -> dict[str, Any]:
     """Arrange the results as lists of numbers.
 
     Args:
         problem: What was solved.
         runs: One an optimizer.
+        qualities: How good samples are, by optimizer, and of the data themselves.
+        loop: What called the optimizers.
 
     Returns:
         Plain dicts and lists. Seconds and losses are lists of equal length, from the start to the end of a run;
@@ -49,7 +56,9 @@ def as_json(problem: Problem, runs: Sequence[Run]) -> dict[str, Any]:
         "dim": problem.dim,
         "score": problem.score,
         **({"noise_floor": problem.noise_floor} if isinstance(problem, Noisy) else {}),
+        "loop": loop,
         "environment": describe(problem.device),
+        "samples": {name: dataclasses.asdict(quality) for name, quality in (qualities or {}).items()},
         "runs": [_run_as_json(run) for run in runs],
     })
 
@@ -88,83 +97,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
+def write_json(
+    path: Path,
+    problem: Problem,
+    runs: Sequence[Run],
+    qualities: Mapping[str, Quality] | None = None,
+    loop: str = PLAIN,
+) -> Path:
     """Write results.json.
 
     Args:
         path: The file.
         problem: What was solved.
         runs: One an optimizer.
+        qualities: How good samples are, by optimizer, and of the data themselves.
+        loop: What called the optimizers.
 
     Returns:
         The same path.
     """
-    path.write_text(json.dumps(as_json(problem, runs), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(as_json(problem, runs, qualities, loop), indent=1, allow_nan=False) + "\n")
     return path
 
 
-class TensorBoardLog:
-    """Scalars for TensorBoard while training goes on: one run an optimizer, the same tags in each.
-
-    The wall time of an event is the moment the log was opened plus the seconds of *training*, so that TensorBoard's
-    "relative" axis compares optimizers at equal training time although they ran one after the other.
-    """
-
-    def __init__(self, directory: Path, optimizers: Sequence[str], now: float) -> None:
-        """Open one writer an optimizer; the events of an earlier comparison in the same place make way.
-
-        Args:
-            directory: What `tensorboard --logdir` is to be given.
-            optimizers: Their names.
-            now: Seconds since the epoch, from which the relative axis counts.
-
-        Raises:
-            UsageError: If the directory cannot be written.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._now = now
-        self._writers = {}
-        try:
-            for name in optimizers:
-                for old in (directory / name).glob("events.out.tfevents.*"):
-                    old.unlink()
-                self._writers[name] = SummaryWriter(str(directory / name))
-        except OSError as error:
-            raise UsageError(f"--out: {str(directory)!r} cannot be written ({error.strerror}); give another") from None
-
-    def __call__(self, optimizer: str, point: Point) -> None:
-        """Write one point of a run.
-
-        Args:
-            optimizer: The run.
-            point: Its losses, and what the optimizer reports of itself.
-        """
-        writer = self._writers[optimizer]
-        scalars = {
-            "loss/train": point.train_loss,
-            **{f"loss/{name.removesuffix('_loss')}": value for name, value in point.losses.items()},
-            "progress/samples": float(point.samples),
-            "progress/training_seconds": point.seconds,
-            # NaN there means "not needed at this step"; among the losses it means divergence, and is shown.
-            **{tag: value for tag, value in point.internals.items() if math.isfinite(value)},
-        }
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, global_step=point.step, walltime=self._now + point.seconds)
-        writer.flush()
-
-    def close(self) -> None:
-        """Close the writers; what they wrote stays."""
-        for writer in self._writers.values():
-            writer.close()
-
-
-def table(problem: Problem, runs: Sequence[Run]) -> str:
+def table(problem: Problem, runs: Sequence[Run], loop: str = PLAIN) -> str:
     """Arrange the ends of the runs as text.
 
     Args:
         problem: What was solved.
         runs: One an optimizer.
+        loop: What called the optimizers.
 
     Returns:
         Aligned columns, a line an optimizer, and notes below.
@@ -186,7 +148,22 @@ def table(problem: Problem, runs: Sequence[Run]) -> str:
             f"{value:.4g}",
             f"{value / reference:.3f}" if math.isfinite(value / reference) else "-",
         ])
-    return "\n".join([*_aligned(rows), "", *_notes(problem, runs)])
+    return "\n".join([*_aligned(rows), "", *_notes(problem, runs, loop)])
+
+
+def quality_table(qualities: Mapping[str, Quality], how: str) -> str:
+    """Arrange the distances of samples from data as text.
+
+    Args:
+        qualities: By what was sampled: the optimizers, and the data themselves.
+        how: In words, how the samples were made.
+
+    Returns:
+        Aligned columns, a line each, and a note below.
+    """
+    rows = [["samples of", "energy distance", "sliced Wasserstein"]]
+    rows += [[name, f"{one.energy_distance:.4f}", f"{one.sliced_wasserstein:.4f}"] for name, one in qualities.items()]
+    return "\n".join([*_aligned(rows), "", f"Distances to held-out data; samples: {how}."])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -201,9 +178,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _notes(problem: Problem, runs: Sequence[Run]) -> list[str]:
+def _notes(problem: Problem, runs: Sequence[Run], loop: str) -> list[str]:
     notes = []
-    if isinstance(problem, Noisy):
+    if loop == LIGHTNING:
+        notes.append("Measured on Lightning's Trainer, whose own work between steps is in the seconds.")
+    if isinstance(problem, Noisy) and math.isfinite(problem.noise_floor):
         notes.append(f"The noise of the targets leaves a perfect network a training loss of {problem.noise_floor:.4g}.")
     if problem.score in _MEANINGS:
         notes.append(_MEANINGS[problem.score])

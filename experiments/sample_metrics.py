@@ -6,6 +6,7 @@ saturate where those still tell optimizers apart.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,32 @@ from torch import Tensor
 _PAIRS = 2**22  # distances held at once
 _PROJECTIONS = 256
 _SEED = 20240  # the same directions for every sample
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a sample is from another.
+
+    Attributes:
+        energy_distance: See `energy_distance`.
+        sliced_wasserstein: See `sliced_wasserstein`.
+    """
+
+    energy_distance: float
+    sliced_wasserstein: float
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "Quality":
+        """Measure both.
+
+        Args:
+            x: Samples, `[n, D]`.
+            y: Samples, `[m, D]`.
+
+        Returns:
+            The distances.
+        """
+        return cls(energy_distance(x, y), sliced_wasserstein(x, y))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

@@ -42,6 +42,10 @@ class Sampler:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise UsageError(f"--sampler-tolerance {self.tolerance:g} bounds no error; give a positive number")
 
+    def __str__(self) -> str:
+        """Name the rule and what bounds its error."""
+        return f"{self.method}, {f'tolerance {self.tolerance:g}' if self.method == 'dopri5' else f'{self.steps} steps'}"
+
     @torch.no_grad()
     def carry(self, field: Field, x0: Tensor) -> Tensor:
         """Carry points along the field.

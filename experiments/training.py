@@ -1,14 +1,14 @@
-"""One optimizer training one network for a number of seconds.
+"""One optimizer training one network for a number of seconds, or of steps.
 
 What counts as an optimizer's time: building it (with the import of its package), drawing its batches, its steps. What
-does not: evaluation and logging. The budget is checked between steps, so a run may overshoot by one step; the overshoot
-is part of the result.
+does not: evaluation, logging, checkpoints. The budget is checked between steps, so a run may overshoot by one step; the
+overshoot is part of the result.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,77 +18,9 @@ from torch.optim import Optimizer
 from experiments.environment import synchronize
 from experiments.optimizers import Settings
 from experiments.problems import Problem
+from experiments.records import Budget, Observer, Point, Run, Trial, evaluation_times
 
-_POINTS = 25  # evaluations a run, if its steps are short enough
-_FIRST_POINT = 0.01  # of the budget
-
-
-@dataclass(frozen=True)
-class Point:
-    """The state of a run at one moment.
-
-    Attributes:
-        step: Steps made.
-        samples: Rows used.
-        seconds: Seconds of training.
-        train_loss: Mean loss of the batches since the previous point; at the start, of the first batch.
-        losses: What the problem's `evaluate` says of the network, on rows that are fixed.
-        internals: What the optimizer reports of its last step, if it does.
-    """
-
-    step: int
-    samples: int
-    seconds: float
-    train_loss: float
-    losses: dict[str, float]
-    internals: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One learning rate of a sweep.
-
-    Attributes:
-        lr: The learning rate.
-        score: Where it ended, in the score of the problem; NaN if it diverged.
-    """
-
-    lr: float
-    score: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one optimizer did.
-
-    Attributes:
-        optimizer: Its name.
-        settings: Its settings, with the learning rate that a sweep found.
-        seed: Fixes initial weights and data.
-        budget_seconds: The seconds it was given.
-        points: From the start to the end, at least two.
-        sweep: The learning rates that were tried before, on another seed; their seconds are not in `points`.
-    """
-
-    optimizer: str
-    settings: Settings
-    seed: int
-    budget_seconds: float
-    points: tuple[Point, ...]
-    sweep: tuple[Trial, ...] = ()
-
-    @property
-    def final(self) -> Point:
-        """The last point."""
-        return self.points[-1]
-
-    @property
-    def overshoot_seconds(self) -> float:
-        """How long the last step went on after the end of the budget."""
-        return max(0.0, self.final.seconds - self.budget_seconds)
-
-
-Observer = Callable[[str, Point], None]  # called with the optimizer's name at each point, off the clock
+__all__ = ["Budget", "Observer", "Point", "Run", "Stopwatch", "Training", "Trial", "evaluation_times", "train"]
 
 
 class Stopwatch:
@@ -114,46 +46,84 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._started
 
 
-def evaluation_times(budget_seconds: float) -> list[float]:
-    """Give the moments of evaluation, evenly spaced on a logarithmic axis as the plots are.
+class Training:
+    """One run in progress: the model, its rows, its clock, and the points recorded so far.
 
-    Args:
-        budget_seconds: The end.
-
-    Returns:
-        Ascending seconds from 1 % of the budget to all of it; the start is evaluated besides.
+    Attributes:
+        model: The network.
+        optimizer: What trains it.
+        steps: Steps made.
+        clock: Counts the seconds of training.
+        last_loss: Of the last step's batch; NaN before the first.
     """
-    return [budget_seconds * _FIRST_POINT ** (1 - index / (_POINTS - 1)) for index in range(_POINTS)]
 
+    def __init__(
+        self,
+        problem: Problem,
+        name: str,
+        settings: Settings,
+        *,
+        seed: int,
+        budget: Budget,
+        moments: Sequence[float] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """Make the network and build the optimizer.
 
-class _Training:
-    """One run in progress: the model, its rows, its clock, and the points recorded so far."""
-
-    def __init__(self, problem: Problem, name: str, settings: Settings, seed: int, observer: Observer | None) -> None:
-        self.problem = problem
-        self.name = name
-        self.settings = settings
-        self.observer = observer
+        Args:
+            problem: What is solved.
+            name: What to call the optimizer.
+            settings: Its settings, with a learning rate.
+            seed: Fixes initial weights and data.
+            budget: When to end.
+            moments: Ascending moments at which to evaluate, in the budget's own measure, besides the start and the
+                end; None: `evaluation_times`.
+            observer: Told of every point.
+        """
+        self.problem, self.name, self.settings, self.seed, self.budget = problem, name, settings, seed, budget
+        self._observer = observer
+        total = budget.seconds if budget.steps is None else float(budget.steps)
+        self._due = [moment / total for moment in (evaluation_times(total) if moments is None else moments)]
         self.model = problem.initial_model(seed)
         self.points: list[Point] = []
         self.steps = 0
-        self.loss_sum = 0.0
-        self.losses = 0
+        self.last_loss = math.nan
+        self._loss_sum, self._losses = 0.0, 0
         # Off the clock: the loss at the start is that of the rows which the first step will draw again.
-        self.add_loss(problem.loss(self.model, problem.stream(seed).draw(settings.batch_size)))
+        self._add_loss(problem.loss(self.model, problem.stream(seed).draw(settings.batch_size)))
         self.clock = Stopwatch(problem.device)
         with self.clock:
             self.stream = problem.stream(seed)
             self.optimizer = settings.build(self.model.parameters(), seed)
-            self.lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self._lrs = [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, fraction: float) -> None:
-        """Make one step on new rows, with step lengths for this share of the budget."""
+    @property
+    def fraction(self) -> float:
+        """The share of the budget that is spent."""
+        return self.budget.fraction(self.clock.seconds, self.steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is spent; one step is made in any case."""
+        return self.steps > 0 and self.fraction >= 1
+
+    def draw(self) -> Any:
+        """Take the rows of a step."""
+        return self.stream.draw(self.settings.batch_size)
+
+    def set_step_length(self) -> None:
+        """Set the learning rates of the next step."""
+        # The first step has full length even where building the optimizer took more than a tiny budget.
+        length = self.settings.step_length(self.fraction if self.steps else 0.0)
+        for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * length
+
+    def step(self) -> None:
+        """Make one step on new rows."""
         optimizer = self.optimizer
         with self.clock:
-            for group, lr in zip(optimizer.param_groups, self.lrs, strict=True):
-                group["lr"] = lr * self.settings.step_length(fraction)
-            batch = self.stream.draw(self.settings.batch_size)
+            self.set_step_length()
+            batch = self.draw()
 
             def closure() -> Tensor:
                 optimizer.zero_grad()
@@ -163,12 +133,25 @@ class _Training:
 
             # torch annotates closures as returning floats; its optimizers pass tensors through.
             loss = cast(Callable[[Callable[[], Tensor]], Tensor], optimizer.step)(closure)
-        self.steps += 1
-        self.add_loss(loss)
+        self.count(loss)
 
-    def add_loss(self, loss: Tensor) -> None:
-        self.loss_sum += loss.item()
-        self.losses += 1
+    def count(self, loss: Tensor) -> None:
+        """Take note of a step that was made, off the clock, and evaluate if it is time.
+
+        Args:
+            loss: Of its batch.
+        """
+        self.steps += 1
+        self._add_loss(loss)
+        self.last_loss = loss.item()
+        fraction = self.fraction
+        if self.done or (self._due and fraction >= self._due[0]):
+            self.record()
+            self._due = [moment for moment in self._due if moment > fraction]
+
+    def _add_loss(self, loss: Tensor) -> None:
+        self._loss_sum += loss.item()
+        self._losses += 1
 
     def record(self) -> None:
         """Evaluate, off the clock."""
@@ -176,14 +159,51 @@ class _Training:
             step=self.steps,
             samples=self.steps * self.settings.batch_size,
             seconds=self.clock.seconds,
-            train_loss=self.loss_sum / self.losses if self.losses else math.nan,
+            train_loss=self._loss_sum / self._losses if self._losses else math.nan,
             losses=self.problem.evaluate(self.model),
             internals=_internals(self.optimizer),
         )
-        self.loss_sum, self.losses = 0.0, 0
+        self._loss_sum, self._losses = 0.0, 0
         self.points.append(point)
-        if self.observer is not None:
-            self.observer(self.name, point)
+        if self._observer is not None:
+            self._observer(self.name, point, self.model)
+
+    def run(self) -> Run:
+        """Give what there is so far."""
+        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        points = tuple(self.points)
+        return Run(self.name, self.settings, self.seed, self.budget.seconds, points, weights=weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything from which the run goes on as if nothing had happened; tensors are the live ones."""
+        stream: Any = self.stream
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": stream.state_dict(),
+            "random": torch.get_rng_state(),
+            "steps": self.steps,
+            "seconds": self.clock.seconds,
+            "losses": (self._loss_sum, self._losses, self.last_loss),
+            "due": list(self._due),
+            "points": [dataclasses.asdict(point) for point in self.points],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another run of the same problem, settings and seed was.
+
+        Args:
+            state: From its `state_dict`.
+        """
+        stream: Any = self.stream
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["random"])
+        self.steps, self.clock.seconds = state["steps"], state["seconds"]
+        self._loss_sum, self._losses, self.last_loss = state["losses"]
+        self._due = list(state["due"])
+        self.points = [Point(**point) for point in state["points"]]
 
 
 def _internals(optimizer: Optimizer) -> dict[str, float]:
@@ -192,15 +212,21 @@ def _internals(optimizer: Optimizer) -> dict[str, float]:
     return {} if report is None else report.scalars("optimizer/")
 
 
+Watch = Callable[[Training], None]  # called after every step, off the clock
+
+
 def train(
     problem: Problem,
     name: str,
     settings: Settings,
     *,
     seed: int,
-    budget_seconds: float,
+    budget_seconds: float = math.inf,
+    budget_steps: int | None = None,
     moments: Sequence[float] | None = None,
     observer: Observer | None = None,
+    watch: Watch | None = None,
+    state: dict[str, Any] | None = None,
 ) -> Run:
     """Train one network for a time.
 
@@ -209,21 +235,25 @@ def train(
         name: What to call the optimizer.
         settings: Its settings, with a learning rate.
         seed: Fixes initial weights and data.
-        budget_seconds: Seconds of training, evaluation not counted.
-        moments: Ascending seconds at which to evaluate, besides the start and the end; None: `evaluation_times`.
+        budget_seconds: Seconds of training, evaluation not counted; infinite if steps are counted.
+        budget_steps: Steps; None: seconds are counted.
+        moments: Ascending seconds (or steps) at which to evaluate, besides the start and the end; None:
+            `evaluation_times`.
         observer: Told of every point.
+        watch: Called after every step.
+        state: From `Training.state_dict`: where to go on; None: at the start.
 
     Returns:
         The run.
     """
-    training = _Training(problem, name, settings, seed, observer)
-    training.record()
-    due = evaluation_times(budget_seconds) if moments is None else list(moments)
-    while (elapsed := training.clock.seconds) < budget_seconds or training.steps == 0:
-        # The first step has full length even where building the optimizer took more than a tiny budget.
-        training.step(elapsed / budget_seconds if training.steps else 0.0)
-        elapsed = training.clock.seconds
-        if elapsed >= budget_seconds or (due and elapsed >= due[0]):
-            training.record()
-            due = [moment for moment in due if moment > elapsed]
-    return Run(name, settings, seed, budget_seconds, tuple(training.points))
+    budget = Budget(budget_seconds, budget_steps)
+    training = Training(problem, name, settings, seed=seed, budget=budget, moments=moments, observer=observer)
+    if state is None:
+        training.record()
+    else:
+        training.load_state_dict(state)
+    while not training.done:
+        training.step()
+        if watch is not None:
+            watch(training)
+    return training.run()

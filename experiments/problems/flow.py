@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from experiments.problems.base import Stream, loss_at_start
 from experiments.problems.rows import FixedRows
 from experiments.problems.seeding import seeded
 from experiments.stable_target import stable_target
+
+Target = Literal["raw", "stable", "fixed"]
+TARGETS: tuple[str, ...] = get_args(Target)
 
 _FIXED_ROWS = 4096
 # The fixed rows are part of the problem and the same for every seed of a run, which then varies the initial weights.
@@ -227,19 +230,29 @@ class FixedFlowMatching(_VelocityField):
     fixed: Batch
 
     @classmethod
-    def of(cls, dataset: Dataset, device: torch.device) -> Self:
+    def of(cls, dataset: Dataset, device: torch.device, *, width: int = 64, n_hidden: int = 3) -> Self:
         """Draw the rows, and set up the points of judgement.
 
         Args:
             dataset: The data.
             device: Where the training runs.
+            width: Of the network's hidden layers.
+            n_hidden: Number of these.
 
         Returns:
             The problem.
+
+        Raises:
+            UsageError: If the exact target is too dear for these data.
         """
+        if not dataset.knows_expectation:
+            raise UsageError(
+                f"--target fixed needs E[u | x_t, t], which {dataset.name} does not offer; take --target raw"
+            )
         rows = sample_batch(dataset, _FIXED_ROWS, torch.Generator().manual_seed(_FIXED_SEED))
         exact = Batch(rows.x_t, rows.t, dataset.conditional_expectation(rows.x_t, rows.t))
-        return cls(dataset, Evaluation.of(dataset, device), device, exact.to(device))
+        evaluation = Evaluation.of(dataset, device)
+        return cls(dataset, evaluation, device, exact.to(device), width=width, n_hidden=n_hidden)
 
     @property
     def name(self) -> str:
@@ -286,3 +299,39 @@ class FixedFlowMatching(_VelocityField):
             "fixed_excess": self.loss(model, self.fixed).item(),
             "excess_loss": self.evaluation.excess_loss(model),
         }
+
+
+Flow = FlowMatching | FixedFlowMatching
+
+
+def make_flow(
+    target: Target,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    paths: Paths = STRAIGHT,
+    width: int = 64,
+    n_hidden: int = 3,
+) -> Flow:
+    """Set up flow matching with one of the targets.
+
+    Args:
+        target: Which.
+        dataset: The data.
+        device: Where the training runs.
+        paths: Between noise and data.
+        width: Of the network's hidden layers.
+        n_hidden: Number of these.
+
+    Returns:
+        The problem.
+
+    Raises:
+        UsageError: If the target is not there for these data or paths.
+    """
+    if target == "fixed":
+        if paths != STRAIGHT:
+            raise UsageError(f"--target fixed draws its rows on straight paths, not on {paths}; take --target raw")
+        return FixedFlowMatching.of(dataset, device, width=width, n_hidden=n_hidden)
+    kind = StableFlowMatching if target == "stable" else FlowMatching
+    return kind.of(dataset, device, paths=paths, width=width, n_hidden=n_hidden)

@@ -1,7 +1,7 @@
 """Rows that are fixed: all of them at once, or shuffled minibatches."""
 
 from collections.abc import Sized
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,3 +54,16 @@ class FixedRows(Generic[R]):
             self._left = torch.cat([self._left, order])
         indices, self._left = self._left[:n], self._left[n:]
         return self._rows[indices.to(self._device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the place in the sequence: the generator's state, and what is left of the epoch."""
+        return {"generator": self._generator.get_state(), "left": self._left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place in the sequence.
+
+        Args:
+            state: From the `state_dict` of a stream over the same rows.
+        """
+        self._generator.set_state(state["generator"])
+        self._left = state["left"]

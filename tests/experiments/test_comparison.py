@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from experiments import comparison, data
+from experiments.checkpoint import Checkpoint
 from experiments.comparison import compare, sweep
 from experiments.optimizers import AdamSettings, choose_settings
 from experiments.problems import Problem
 from experiments.problems.flow import FlowMatching
-from experiments.training import Point, Run
+from experiments.records import Budget, Point, Run
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,17 @@ def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: py
         return Run(name, settings, int(how["seed"]), how["budget_seconds"], (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
-    trials = sweep(problem, "adam", AdamSettings(), seed=5, budget_seconds=8.0)
+    budget, nothing = Budget(8.0), Checkpoint(None, {})
+    trials = sweep(problem, "adam", AdamSettings(), seed=5, budget=budget, trainer=train, checkpoint=nothing)
     assert calls == [(lr, 1005, 2.0) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
     assert min(trials, key=lambda trial: trial.score).lr == 1e-2
     lines: list[str] = []
-    [run] = compare(problem, {"adam": AdamSettings()}, seed=5, budget_seconds=8.0, say=lines.append)
+    [run] = compare(problem, {"adam": AdamSettings()}, seed=5, budget=budget, say=lines.append)
     assert run.settings.lr == 1e-2 and run.seed == 5
     assert len(run.sweep) == 4
     assert "seed 1005" in lines[0] and "takes 0.01" in lines[0]
     calls.clear()
-    compare(problem, {"adam": AdamSettings(lr=0.5)}, seed=5, budget_seconds=8.0, say=lines.append)
+    compare(problem, {"adam": AdamSettings(lr=0.5)}, seed=5, budget=budget, say=lines.append)
     assert calls == [(0.5, 5, 8.0)]
 
 
@@ -45,7 +47,7 @@ def test_a_diverged_trial_is_not_taken(problem: Problem, monkeypatch: pytest.Mon
         return Run(name, settings, 0, 1.0, (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
-    [run] = compare(problem, {"adam": AdamSettings()}, seed=0, budget_seconds=1.0, say=lambda line: None)
+    [run] = compare(problem, {"adam": AdamSettings()}, seed=0, budget=Budget(1.0), say=lambda line: None)
     assert run.settings.lr == 3e-3
 
 
@@ -57,8 +59,8 @@ def test_all_start_from_the_same_weights_and_rows(problem: Problem) -> None:
         problem,
         choose_settings(names, changes, problem),
         seed=1,
-        budget_seconds=1e-3,
-        observers=[lambda name, point: seen.append((name, point))],
+        budget=Budget(1e-3),
+        observers=[lambda name, point, model: seen.append((name, point))],
         say=lambda line: None,
     )
     assert [run.optimizer for run in runs] == names

@@ -9,7 +9,8 @@ from experiments import data
 from experiments.optimizers import AdamSettings, HessianFreeSettings
 from experiments.problems import make
 from experiments.problems.flow import FlowMatching
-from experiments.results import TensorBoardLog, table, write_json
+from experiments.results import LIGHTNING, quality_table, table, write_json
+from experiments.sample_metrics import Quality
 from experiments.training import Point, Run, Trial
 
 
@@ -73,6 +74,16 @@ def test_table(problem: FlowMatching, runs: list[Run]) -> None:
     assert any(f"a perfect network a training loss of {problem.noise_floor:.4g}" in line for line in lines)
     assert any("hessfree: its last step ended 1.0 s after" in line for line in lines)
     assert table(problem, runs[:1]).splitlines()[2].split()[-1] == "-"
+    assert "Lightning" in table(problem, runs, LIGHTNING) and "Lightning" not in table(problem, runs)
+
+
+def test_samples(problem: FlowMatching, runs: list[Run], tmp_path: Path) -> None:
+    qualities = {"hessfree": Quality(0.25, 0.5), "data": Quality(0.01, math.nan)}
+    lines = quality_table(qualities, "9 by euler").splitlines()
+    assert lines[2].split() == ["hessfree", "0.2500", "0.5000"] and "9 by euler" in lines[-1]
+    content = json.loads(write_json(tmp_path / "results.json", problem, runs, qualities, LIGHTNING).read_text())
+    assert content["samples"]["data"] == {"energy_distance": 0.01, "sliced_wasserstein": None}
+    assert content["loop"] == "lightning"
 
 
 def test_a_problem_without_noise(tmp_path: Path) -> None:
@@ -86,24 +97,3 @@ def test_a_problem_without_noise(tmp_path: Path) -> None:
     assert content["runs"][0]["final"]["relative_error"] == pytest.approx(0.5 / 9)
     text = table(poisson, [run])
     assert "train objective" in text and "training loss on all rows" in text and "a perfect network" not in text
-
-
-def test_tensorboard(runs: list[Run], tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for _ in range(2):  # the second comparison replaces the first
-        log = TensorBoardLog(tmp_path, ["hessfree", "adam"], now=1000.0)
-        for run in runs:
-            for recorded in run.points:
-                log(run.optimizer, recorded)
-        log.close()
-    tags = {}
-    for run in runs:
-        events = EventAccumulator(str(tmp_path / run.optimizer)).Reload()
-        tags[run.optimizer] = set(events.Tags()["scalars"])
-        excess = events.Scalars("loss/excess")
-        assert [event.step for event in excess] == [p.step for p in run.points]
-        assert [event.wall_time for event in excess] == [1000 + p.seconds for p in run.points]
-    assert {"loss/train", "loss/excess", "loss/holdout"} <= tags["adam"]
-    assert tags["hessfree"] - tags["adam"] == {"optimizer/damping"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adam", "hessfree"]

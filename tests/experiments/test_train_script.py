@@ -24,7 +24,7 @@ def main() -> Main:
 
 
 def test_the_default_job(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--out", str(tmp_path), "--set", *SMALL]) == 0
+    assert main([*TINY, "--width", "16", "--out", str(tmp_path), "--set", *SMALL]) == 0
     output = capsys.readouterr().out
     assert "learning rates on seed 1000: 0.001:" in output
     assert output.rstrip().endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
@@ -37,7 +37,9 @@ def test_the_default_job(main: Main, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run["settings"]["lr"] > 0 and run["final"]["seconds"] == run["seconds"][-1]
         assert list((tmp_path / "tensorboard" / run["optimizer"]).glob("events.out.tfevents.*"))
     assert len(content["runs"][2]["sweep"]) == 4
-    assert str(tmp_path / "curves.png") in output and (tmp_path / "curves.png").stat().st_size > 10_000
+    for name in ("curves.png", "samples.png"):
+        assert str(tmp_path / name) in output and (tmp_path / name).stat().st_size > 10_000
+    assert "sliced Wasserstein" in output and set(content["samples"]) > {"hessfree", "dense-fisher", "adam"}
 
 
 def test_digits_by_held_out_loss(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +77,17 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
         (["--set", "hessfree.colour=1"], ["'colour'", "damping"]),
         (["--set", "hessfree.curvature_batch=9000"], ["9000", "8192"]),
         (["--data", "digits-784", "--optimizers", "dense-fisher"], ["109584", "leave it out"]),
+        (["--budget-steps", "0"], ["--budget-steps 0", "positive"]),
+        (["--target", "blue"], ["'blue'", "raw, stable, fixed"]),
+        (["--target", "stable", "--coupling", "ot"], ["--coupling ot", "--target raw"]),
+        (["--target", "fixed", "--sigma", "1"], ["--target fixed", "--target raw"]),
+        (["--sigma", "-1"], ["--sigma -1", "positive"]),
+        (["--width", "0"], ["--width 0", "positive"]),
+        (["--sampler", "leap"], ["'leap'", "euler, midpoint"]),
+        (["--sampler-steps", "0"], ["--sampler-steps 0", "positive"]),
+        (["--data", "mnist", "--data-root", "/no/such/place"], ["/no/such/place", "digits-784"]),
+        (["--resume"], ["checkpoint.pt", "leave --resume out"]),
+        (["--config", "/no/such.toml"], ["/no/such.toml", "cannot be read"]),
     ],
 )
 def test_input_that_makes_no_sense(

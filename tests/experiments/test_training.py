@@ -59,7 +59,7 @@ def test_a_run_by_ticks(problem: Problem, ticks: None) -> None:
         seed=0,
         budget_seconds=9.5,
         moments=[float(second) for second in range(2, 10)],
-        observer=lambda name, point: seen.append((name, point)),
+        observer=lambda name, point, model: seen.append((name, point)),
     )
     # One second to build, then one a step; the budget ends inside the ninth, and evaluations cost nothing.
     assert [point.seconds for point in run.points] == [float(second) for second in range(1, 11)]

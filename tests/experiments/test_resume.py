@@ -1,0 +1,150 @@
+"""A comparison that is stopped and goes on, against one that is not: equal to the last bit."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import data
+from experiments.checkpoint import Checkpoint
+from experiments.environment import UsageError
+from experiments.interruption import Interruption
+from experiments.optimizers import settings_class
+from experiments.paths import Paths
+from experiments.problems.flow import make_flow
+from experiments.records import Run
+from experiments.training import Training, train
+from tests.experiments.scripts import main_of
+
+CPU = torch.device("cpu")
+SMALL = ["hessfree.batch_size=600", "adam.batch_size=50"]
+STEPS = 6
+
+
+class Killed(Exception):
+    pass
+
+
+def losses(run: Run) -> list[Any]:
+    return [(p.step, p.samples, p.train_loss, p.losses) for p in run.points]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "hessfree", "dense-fisher", "soap", "lbfgs"])
+def test_every_optimizer_goes_on_where_it_was(optimizer: str, tmp_path: Path) -> None:
+    target: Any = "fixed" if optimizer == "lbfgs" else "raw"
+    problem = make_flow(target, data.load("moons"), CPU, width=8)
+    changes = {} if optimizer == "lbfgs" else {"batch_size": 300}
+    if optimizer in ("adam", "soap"):
+        changes |= {"lr": 0.01}
+    settings = settings_class(optimizer, problem).for_problem(problem, **changes)
+    how = {"seed": 3, "budget_steps": 12}
+    whole = train(problem, optimizer, settings, **how)
+    path = tmp_path / "checkpoint.pt"
+    checkpoint = Checkpoint(path, {})
+
+    def watch(training: Training) -> None:
+        checkpoint.watch(training)
+        if training.steps == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(problem, optimizer, settings, **how, watch=watch)
+    state = Checkpoint.load(path, {}).state_of(optimizer)
+    assert state is not None and 0 < state["steps"] <= 7
+    again = train(problem, optimizer, settings, **how, state=state)
+    assert losses(again) == losses(whole)
+    assert all(torch.equal(tensor, again.weights[name]) for name, tensor in whole.weights.items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"paths": Paths(sigma=0.1, times="logit-normal")}, {"target": "stable"}, {"target": "fixed"}]
+)
+def test_every_stream_goes_on_where_it_was(changes: dict[str, Any]) -> None:
+    problem = make_flow(**{"target": "raw"} | changes, dataset=data.load("moons"), device=CPU)
+    stream: Any = problem.stream(5)
+    for n in (100, 8192, 3000):
+        stream.draw(n)
+        other: Any = problem.stream(0)
+        other.load_state_dict(stream.state_dict())
+        place = stream.state_dict()
+        assert torch.equal(other.draw(500).u, stream.draw(500).u)
+        stream.load_state_dict(place)
+    fresh: Any = problem.stream(5)
+    other = problem.stream(1)
+    other.load_state_dict(fresh.state_dict())
+    assert torch.equal(other.draw(10).x_t, fresh.draw(10).x_t)
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    return main_of("train")
+
+
+def curves(out: Path) -> list[Any]:
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    return [(run["optimizer"], run["step"], run["train_loss"], run["excess_loss"], run["sweep"]) for run in runs]
+
+
+def test_ctrl_c_and_resume(
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = [
+        "--budget-steps",
+        str(STEPS),
+        "--width",
+        "8",
+        "--sampler-steps",
+        "2",
+        "--optimizers",
+        "hessfree",
+        "adam",
+        "--set",
+        *SMALL,
+    ]
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    kept = Training.count
+    counted = 0
+
+    def count(self: Training, loss: torch.Tensor) -> None:
+        nonlocal counted
+        kept(self, loss)
+        counted += 1
+        if counted in (3, STEPS + 2):  # in the first run, and in the second trial of the sweep
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Training, "count", count)
+    stopped = [*flags, "--out", str(tmp_path / "stopped")]
+    capsys.readouterr()
+    assert main(stopped) == 130
+    said = capsys.readouterr().out
+    assert "To go on: python" in said and "--resume" in said and "checkpoint.pt" in said
+    assert main([*stopped, "--resume"]) == 130
+    assert main([*stopped, "--resume"]) == 0
+    assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # what is done stays done, and other flags are another comparison
+    capsys.readouterr()
+    assert main([*stopped, "--resume", "--seed", "1"]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+def test_the_second_ctrl_c_acts_as_usual() -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="cannot be read.*leave --resume out"):
+        Checkpoint.load(tmp_path / "checkpoint.pt", {})
