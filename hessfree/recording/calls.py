@@ -155,6 +155,7 @@ class CallTree:
         roots: The outermost calls.
         buffers: The buffers of every module called, as they were before its first call.
         wrappers: The DistributedDataParallel modules called. In their place stand the modules that they wrap.
+        before_wrapper: Called before each call of one.
         paused: While true nothing is recorded (a checkpoint recomputes modules inside backward).
     """
 
@@ -176,6 +177,7 @@ class CallTree:
         self.roots: list[Call] = []
         self.buffers = BufferStates()
         self.wrappers: list[nn.Module] = []
+        self.before_wrapper: Callable[[], None] = lambda: None
         self.paused = False
         self._owners = owners
         self._device = device
@@ -205,8 +207,9 @@ class CallTree:
         if self.paused or threading.get_ident() != self._thread:
             return
         if isinstance(module, DistributedDataParallel):  # it may hand buffers round before it calls its module
-            if module in self._owners and module not in self.wrappers:
-                self.wrappers.append(module)
+            if module in self._owners:
+                self.wrappers += [] if module in self.wrappers else [module]
+                self.before_wrapper()
             return
         self.buffers.see(module)
         if module not in self._owners:

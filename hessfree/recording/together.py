@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Generator
 from typing import Any
 
+import torch
+
 from hessfree.distributed import (
     ALONE,
     average_gradients,
@@ -23,8 +25,8 @@ from hessfree.vectors import ParameterVector
 class Together:
     """The ranks that take one optimizer's steps.
 
-    A step's status is exchanged before its first backward pass, where DistributedDataParallel would wait for a rank
-    that has failed, and before anything else is decided.
+    A step's status is exchanged before the forward and the backward pass of DistributedDataParallel, which would wait
+    for a rank that has failed, and before anything else is decided.
 
     Attributes:
         setting: "auto", a process group, or None.
@@ -76,6 +78,12 @@ class Together:
             if synchronises(tree.wrappers):
                 self.ranks.agree()
 
+        def before_wrapper() -> None:
+            self._meet(parameters, tree)
+            if synchronises(tree.wrappers) and torch.is_grad_enabled():
+                self.ranks.agree()
+
+        tree.before_wrapper = before_wrapper
         return record(closure, parameters, tree, stale, before_backward)
 
     def share(self, recording: Recording, parameters: ParameterVector, accumulated: float) -> None:

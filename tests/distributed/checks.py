@@ -22,9 +22,10 @@ from hessfree import (
     QuadraticModelMomentum,
     Woodbury,
 )
+from tests.distributed import failures
 from tests.distributed.training import PINNED, batches, loop, network, on_a_rank, state_of
 
-CHECKS: dict[str, Callable[[int], Any]] = {}
+CHECKS: dict[str, Callable[[int], Any]] = dict(failures.CHECKS)
 PRECONDITIONERS = {
     "kfac": KFAC(),
     "kfac_exact": KFAC(factors="exact"),
@@ -89,7 +90,9 @@ def recipes(rank: int) -> Any:
 @check
 def preconditioners(rank: int) -> Any:
     return {
-        name: state_of(on_a_rank(network(), batches(32, 32)[rank], 6, preconditioner=preconditioner))
+        name: state_of(
+            on_a_rank(network(), batches(32, 32)[rank], 6, preconditioner=preconditioner, linearization="graph")
+        )
         for name, preconditioner in PRECONDITIONERS.items()
     }
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from hessfree import HessianFree
 from tests.distributed import pair
 from tests.distributed.checks import PRECONDITIONERS
+from tests.distributed.failures import FAILURES
 from tests.distributed.training import PINNED, alone, batches, network, state_of
 
 Both = tuple[Any, Any]
@@ -66,7 +67,7 @@ def test_preconditioners_are_those_of_one_process(found: dict[str, Both], name: 
     ]
     if name == "kfac":
         joined = [tuple(torch.cat(p) for p in zip(*batches(32, 32), strict=True))]
-    reference = alone(network(), joined, 6, preconditioner=PRECONDITIONERS[name])
+    reference = alone(network(), joined, 6, preconditioner=PRECONDITIONERS[name], linearization="graph")
     assert difference(state, reference) <= 1e-8
     assert state["damping"] == state_of(reference)["damping"]
 
@@ -104,3 +105,33 @@ def test_a_resumed_run_is_an_unbroken_one(found: dict[str, Both]) -> None:
     whole, resumed = both(found, "resumed")[0]
     assert same_bits(whole["parameters"], resumed["parameters"])
     assert same_bits(whole["state"], resumed["state"])
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_trouble_on_one_rank_is_trouble_on_all(found: dict[str, Both], name: str) -> None:
+    (here, state), (there, other) = both(found, name)
+    assert same_bits(state, other)  # steps before and after it were taken by both
+    for healthy, ill in zip(here, there, strict=True):
+        assert healthy["stayed"] and ill["stayed"]
+        if name == "nan":
+            assert not healthy["raised"] and healthy["status"] == ill["status"] == "rejected: the loss is nan"
+        else:
+            assert ill["raised"].startswith("Trouble: ")
+            assert healthy["raised"].startswith("RankError: rank 1 of 2 failed") and ill["raised"] in healthy["raised"]
+
+
+def test_a_fallback_on_one_rank_is_a_fallback_on_all(found: dict[str, Both]) -> None:
+    first, second = both(found, "fallback")
+    assert first["backend"] == second["backend"] == "graph"
+    assert same_bits(first, second)
+
+
+def test_ranks_that_nothing_joins_are_an_error(found: dict[str, Both]) -> None:
+    for result in both(found, "no_wrapper"):
+        assert result["stayed"] and "process_group=torch.distributed.group.WORLD" in result["raised"]
+
+
+def test_gradients_that_differ_are_an_error(found: dict[str, Both]) -> None:
+    for wrong, right in both(found, "not_averaged"):
+        assert wrong["stayed"] and "the norm of the gradient differs between the ranks" in wrong["raised"]
+        assert right["raised"] == "" and right["status"] == "accepted"
