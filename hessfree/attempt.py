@@ -18,11 +18,11 @@ from hessfree.line_search import Found, rounding
 from hessfree.memory import Memory, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
-from hessfree.operators import Deferred
+from hessfree.operators import Deferred, Sharded
 from hessfree.recording import Recording
 from hessfree.report import StepReport
 from hessfree.settings import Settings
-from hessfree.solvers import Solution
+from hessfree.solvers import OnShards, Solution
 from hessfree.vectors import ParameterVector
 
 
@@ -226,12 +226,14 @@ class Attempt:
 
     def _solve(self, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
         """Return the direction, and what the solver said."""
-        settings, shift = self._settings, self._shift
+        settings, shift, solver = self._settings, self._shift, self._settings.solver
         operator = Deferred(self._parameters, lambda: self._curvature().operator.scaled(self._scale))
         precondition = None
         if settings.preconditions:
             precondition = settings.preconditioner.inverse(learned, self._parameters, self._scale, self._shifts)
-        solution = settings.solver.solve(operator, rhs, shift, precondition, memory=self._memory.solver)
+        if settings.shard_vectors and self._ranks.size > 1:
+            solver = OnShards(solver, Sharded(operator, self._ranks, lambda: self._curvature().here(self._scale)))
+        solution = solver.solve(operator, rhs, shift, precondition, memory=self._memory.solver)
         self._facts |= {"iterations": solution.iterations, "solver_status": solution.status.value}
         if solution.residuals:
             self._facts |= {"residual": solution.residuals[-1], "residuals": solution.residuals}

@@ -48,6 +48,7 @@ class Curvature:
         samples: Samples in the curvature batch.
         sample: Makes what a preconditioner may look at, for which the network may have to be evaluated once more;
             None where there are no outputs z.
+        local: G of this rank's batch alone; None where there is one rank.
     """
 
     operator: SymmetricOperator
@@ -55,6 +56,12 @@ class Curvature:
     cut: str
     samples: int
     sample: Callable[[], Sample] | None
+    local: SymmetricOperator | None = None
+
+    def here(self, factor: float) -> SymmetricOperator:
+        """Return `factor` times G of this rank's batch alone."""
+        assert self.local is not None
+        return self.local.scaled(factor)
 
 
 class CurvatureBuilder:
@@ -139,7 +146,8 @@ class CurvatureBuilder:
             warn("another rank cannot use the back end that this one can; the autograd graph is used on all")
             here = self._build(recording, parameters, "graph", *details)
         sample = None if any(none for _, none in facts) else here.sample
-        return dataclasses.replace(here, operator=Averaged(here.operator, ranks), sample=sample)
+        averaged = Averaged(here.operator, ranks)
+        return dataclasses.replace(here, operator=averaged, sample=sample, local=here.operator)
 
     def _build(
         self,

@@ -80,6 +80,7 @@ class HessianFree(Optimizer):
         step_norm: StepNorm = "euclidean",
         gradient_ema: float = 0.0,
         process_group: Any = "auto",
+        shard_vectors: bool = False,
     ) -> None:
         """Set up the optimizer.
 
@@ -107,11 +108,11 @@ class HessianFree(Optimizer):
                 "autocast" in that of autocast (see `Settings`).
             seed: For the preconditioner's random cotangents.
             max_step_norm: Shorten steps s longer than this; None does not.
-            step_norm: How long is a step: "euclidean" is ‖s‖, "curvature" is √(sᵀGs), "preconditioner" is √(sᵀMs),
-                which takes no product (see `Settings`).
+            step_norm: How long is a step: "euclidean" is ‖s‖; for "curvature" and "preconditioner" see `Settings`.
             gradient_ema: β of a moving average of the gradients, which stands for the gradient in the linear system;
                 0 does without. It goes on through rejected steps, or a stale mean would be tried for ever.
             process_group: Over whose ranks the loss is averaged; "auto" finds out (see `Settings`).
+            shard_vectors: Divide the solver's vectors among the ranks: 5P / ranks numbers each in the place of 5P.
         """
         self.settings = Settings(
             model=model,
@@ -130,6 +131,7 @@ class HessianFree(Optimizer):
             step_norm=step_norm,
             gradient_ema=gradient_ema,
             process_group=process_group,
+            shard_vectors=shard_vectors,
         )
         self.accumulated_batches: int | None = None
         self.last_step: StepReport | None = None

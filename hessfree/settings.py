@@ -47,6 +47,7 @@ class Settings:
         gradient_ema: β of a moving average of the gradients, in the place of the gradient in b; 0 does without.
         process_group: Over whose ranks the loss is averaged: a process group, whose gradients are then averaged too;
             "auto" for that of the DistributedDataParallel that the closure calls; None for this process alone.
+        shard_vectors: Divide the solver's vectors among the ranks (see `hessfree.distributed`); changes nothing else.
     """
 
     model: nn.Module | None
@@ -65,6 +66,7 @@ class Settings:
     compile: bool = False
     curvature_precision: Precision = "parameters"
     process_group: Any = "auto"
+    shard_vectors: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -79,6 +81,11 @@ class Settings:
         check_process_group(self.process_group)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be an integer")
+        if self.shard_vectors and not getattr(self.solver, "works_on_shards", False):
+            raise ValueError(
+                f"shard_vectors=True needs a solver that works on parts of vectors, and {self.solver!r} does not; "
+                "choose CG(...) with warm_start=0 and replace_residual=False"
+            )
         if self.max_step_norm is not None and not 0 < self.max_step_norm < math.inf:
             raise ValueError(f"max_step_norm={self.max_step_norm!r} must be positive and finite, or None")
         if self.step_norm not in get_args(StepNorm):

@@ -10,11 +10,13 @@ from hessfree.distributed.membership import (
     synchronises,
 )
 from hessfree.distributed.ranks import ALONE, RankError, Ranks, mean
+from hessfree.distributed.shards import Shards
 
 __all__ = [
     "ALONE",
     "RankError",
     "Ranks",
+    "Shards",
     "average_gradients",
     "check_process_group",
     "guessed_ranks",

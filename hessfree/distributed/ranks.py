@@ -179,22 +179,31 @@ class Ranks:
         flat = torch.cat([t.reshape(count, math.prod(t.shape[1:])) for t in tensors], 1)
         padded = flat.new_zeros(max(counts), flat.shape[1])
         padded[:count] = flat
-        whole = self._gather(padded).unflatten(0, (self.size, max(counts)))
+        whole = self.gather(padded).unflatten(0, (self.size, max(counts)))
         joined = torch.cat([part[:n] for part, n in zip(whole, counts, strict=True)])
         pieces = joined.split([math.prod(t.shape[1:]) for t in tensors], 1)
         return [p.reshape(len(joined), *t.shape[1:]) for p, t in zip(pieces, tensors, strict=True)]
 
-    def _gather_bits(self, row: Sequence[int]) -> list[list[int]]:
-        own = torch.tensor([row], dtype=torch.int64, device=self._device)
-        return self._gather(own).tolist()
-
-    def _gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors `[R, ...]`, of one shape, one after another: `[ranks · R, ...]`. One message."""
         carried = self._carried(tensor)
         whole = carried.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        # torch 2.14 renamed it, and warns of the old name
+        # torch 2.14 renamed both, and warns of the old names
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(whole, carried.contiguous(), group=self.group)
         return whole.to(tensor.device)
+
+    def scatter_sum(self, vector: Tensor) -> Tensor:
+        """Return this rank's part `[P / ranks]` of the sum of the ranks' vectors `[P]`. One message."""
+        carried = self._carried(vector)
+        part = carried.new_empty(len(vector) // self.size)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(part, carried, group=self.group)
+        return part.to(vector.device)
+
+    def _gather_bits(self, row: Sequence[int]) -> list[list[int]]:
+        own = torch.tensor([row], dtype=torch.int64, device=self._device)
+        return self.gather(own).tolist()
 
     def _carried(self, tensor: Tensor) -> Tensor:
         """Return the tensor where the group's backend can take it: gloo knows the host and CUDA only."""

@@ -10,6 +10,7 @@ from hessfree.operators.gauss_newton import GaussNewton
 from hessfree.operators.hessian import Hessian
 from hessfree.operators.jacobian_gram import JacobianGram
 from hessfree.operators.root import ProductRoot, Root
+from hessfree.operators.sharded import Sharded
 
 __all__ = [
     "Averaged",
@@ -24,5 +25,6 @@ __all__ = [
     "MonteCarloFisher",
     "ProductRoot",
     "Root",
+    "Sharded",
     "SymmetricOperator",
 ]

@@ -174,6 +174,18 @@ class SymmetricOperator(LinearOperator):
         """Return `factor` times this operator."""
         return self if factor == 1 else _Scaled(self, factor)
 
+    def dots(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Return aᵀb of each pair of the operator's vectors: a scalar each."""
+        return tuple(a @ b for a, b in pairs)
+
+    def norm(self, vector: Tensor) -> float:
+        """Return the Euclidean norm of one of the operator's vectors."""
+        return float(vector.norm())
+
+    def finite(self, vector: Tensor) -> bool:
+        """Tell whether all numbers of one of the operator's vectors are finite."""
+        return bool(torch.isfinite(vector).all())
+
     def low_rank(self) -> LowRank:
         """Return the matrix as UᵀU + diag(d), for solvers that work in the space of the rows of U.
 

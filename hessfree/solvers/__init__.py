@@ -5,6 +5,7 @@ from hessfree.solvers.cg import CG
 from hessfree.solvers.dense import DenseCholesky
 from hessfree.solvers.forcing import EisenstatWalker, Forcing, RootGradientNorm
 from hessfree.solvers.gram import GramCholesky
+from hessfree.solvers.on_shards import OnShards
 
 __all__ = [
     "CG",
@@ -13,8 +14,9 @@ __all__ = [
     "Forcing",
     "GramCholesky",
     "Map",
+    "OnShards",
     "RootGradientNorm",
     "Solution",
     "Solver",
-    "Status",
+    "Status", "OnShards",
 ]

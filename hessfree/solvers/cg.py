@@ -91,6 +91,11 @@ class CG:
             )
 
     @property
+    def works_on_shards(self) -> bool:
+        """Whether `solve` needs of its vectors only sums, and inner products by the operator."""
+        return self.warm_start == 0 and not self.replace_residual
+
+    @property
     def uses_preconditioner(self) -> bool:
         """Whether `solve` looks at its preconditioner at all."""
         return True
@@ -120,15 +125,15 @@ class CG:
         """
         memory = memory or {}
         if self.every > 1 and memory.get("reused", self.every) < self.every - 1:
-            return self._reused(rhs, precondition, memory)
+            return self._reused(operator, rhs, precondition, memory)
         warm = start is None and self.warm_start > 0 and "solution" in memory
         if warm:
             start = self.warm_start * memory["solution"]
         run = Run(operator, rhs, shift, precondition, start, warm, self.replace_residual)
         if self.max_iterations == 0:
-            solution, noted = _preconditioned(run), dict[str, Any]()
+            solution, noted = _preconditioned(operator, run), dict[str, Any]()
         else:
-            stop, noted = self._stop(rhs, memory)
+            stop, noted = self._stop(operator, rhs, memory)
             rows = self._iterate(run, stop, self._waits(rhs))
             solution = _conclude(run, rows, stop)
             if self.every > 1 and rows[-1].length > 0 and solution.status in {Status.ITERATIONS, Status.CONVERGED}:
@@ -148,14 +153,17 @@ class CG:
             history.append(run.row())
         return [Row(*row) for row in torch.stack(history).tolist()]
 
-    def _reused(self, rhs: Tensor, precondition: Map | None, memory: Mapping[str, Any]) -> Solution:
+    def _reused(
+        self, operator: SymmetricOperator, rhs: Tensor, precondition: Map | None, memory: Mapping[str, Any]
+    ) -> Solution:
         """Return the preconditioned right-hand side at the step length of an earlier solve."""
         z = rhs if precondition is None else precondition(rhs)
         length = memory["length"]
         # m falls by ½ bᵀx along a line on which the length is right
-        shorter = (2 * memory["decrease"] / (length * (rhs @ z)).abs()).clamp_max(1).sqrt()
+        (slope,) = operator.dots((rhs, z))
+        shorter = (2 * memory["decrease"] / (length * slope).abs()).clamp_max(1).sqrt()
         noted = {**memory, "reused": memory["reused"] + 1}
-        return dataclasses.replace(_direct(shorter * length * z, rhs, Status.REUSED), memory=noted)
+        return dataclasses.replace(_direct(operator, shorter * length * z, rhs, Status.REUSED), memory=noted)
 
     def _waits(self, rhs: Tensor) -> bool:
         """Tell whether to look at every iteration's numbers at once; a run that stopped inside changes no more."""
@@ -168,11 +176,13 @@ class CG:
         # the rule looks back ten iterations, so a shorter run never asks it
         return 5e-4 if self.tolerance is None and self.max_iterations > 10 else None
 
-    def _stop(self, rhs: Tensor, memory: Mapping[str, Any]) -> tuple[_Stop, dict[str, Any]]:
+    def _stop(
+        self, operator: SymmetricOperator, rhs: Tensor, memory: Mapping[str, Any]
+    ) -> tuple[_Stop, dict[str, Any]]:
         """Return the rules of this solve, and what they leave for the next."""
         if self.tolerance is None or isinstance(self.tolerance, int | float):
             return _Stop(self.tolerance, self._progress), {}
-        norm = float(rhs.norm())
+        norm = operator.norm(rhs)
         tolerance = self.tolerance.tolerance(norm, memory.get("norm"), memory.get("tolerance"))
         return _Stop(tolerance, self._progress), {"norm": norm, "tolerance": tolerance}
 
@@ -212,14 +222,14 @@ def _conclude(run: Run, rows: Sequence[Row], stop: _Stop) -> Solution:
     return Solution(*run.start, status, i, residuals)
 
 
-def _preconditioned(run: Run) -> Solution:
+def _preconditioned(operator: SymmetricOperator, run: Run) -> Solution:
     """Return the start plus z."""
-    found = _direct(run.x + run.z, run.r, Status.PRECONDITIONER)
+    found = _direct(operator, run.x + run.z, run.r, Status.PRECONDITIONER)
     return dataclasses.replace(found, value=run.x) if found.failed else found
 
 
-def _direct(x: Tensor, rhs: Tensor, status: Status) -> Solution:
+def _direct(operator: SymmetricOperator, x: Tensor, rhs: Tensor, status: Status) -> Solution:
     """Return a solution of which no product is known; zero where it is not finite."""
-    if bool(torch.isfinite(x).all()):
+    if operator.finite(x):
         return Solution(x, None, status, 0, ())
     return Solution(torch.zeros_like(rhs), None, Status.NON_FINITE, 0, ())

@@ -58,16 +58,17 @@ class Run:
         self._precondition: Map = precondition if precondition is not None else lambda r: r
         self.x = torch.zeros_like(rhs) if start is None else start.clone()
         self.r = rhs.clone() if start is None else rhs - self._product(start)
-        self._model = -0.5 * (self.x @ (self.r + rhs))
+        self._dots = operator.dots
+        (model, square) = self._dots((self.x, self.r + rhs), (rhs, rhs))
+        self._model = -0.5 * model
         if start is not None and below_zero:
             keep = self._model <= 0  # neither a NaN
             self.x, self.r = torch.where(keep, self.x, 0), torch.where(keep, self.r, rhs)
             self._model = torch.where(keep, self._model, 0)
         self.start = (self.x, self.r)
-        square = rhs @ rhs
         self._scale = torch.where(square > 0, square, 1)
         self.z = self._p = self._precondition(self.r)
-        self._rz = self.r @ self._p
+        self._rz, self._rr = self._dots((self.r, self._p), (self.r, self.r))
         self._finite = torch.isfinite(self._rz) & torch.isfinite(self._model)
         self._positive = torch.ones_like(self._finite)
         self._definite = self._rz > 0
@@ -79,11 +80,11 @@ class Run:
     def advance(self) -> None:
         """Take one iteration. Once one could not be taken in full, nothing changes any more."""
         q = self._product(self._p)
-        curvature = self._p @ q
+        curvature, slope = self._dots((self._p, q), (self._p, self.r))
         self._positive = curvature > 0
         # To the minimum of m on the line; pᵀr is rᵀz but for rounding, and never climbs in spite of it. Along
         # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
-        length = torch.where(self._positive, (self._p @ self.r) / curvature, 1.0 if self._first else 0.0)
+        length = torch.where(self._positive, slope / curvature, 1.0 if self._first else 0.0)
         self._length, self._first = length, False
         r = torch.addcmul(self.r, q, -length)  # r − αq
         if self._drift is None:
@@ -93,12 +94,12 @@ class Run:
             if self._drift.due(x, self.r, r):
                 r = self._rhs - self._product(x)
                 self._drift.replaced(x, r)
-        model = -0.5 * (x @ (r + self._rhs))
+        model = -0.5 * self._dots((x, r + self._rhs))[0]
         moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
         self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
         self._model = torch.where(moves, model, self._model)
         z = self._precondition(self.r)
-        rz = self.r @ z
+        rz, self._rr = self._dots((self.r, z), (self.r, self.r))
         self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
         self._alive = self._finite & self._positive & self._definite
         self._p = torch.where(self._alive, torch.addcmul(z, self._p, rz / self._rz), self._p)
@@ -107,7 +108,7 @@ class Run:
     def row(self) -> Tensor:
         """Return the numbers of `Row`."""
         flags = (t.to(self.r.dtype) for t in (self._finite, self._positive, self._definite))
-        return torch.stack([self.r @ self.r / self._scale, self._model, *flags, self._length])
+        return torch.stack([self._rr / self._scale, self._model, *flags, self._length])
 
     def _product(self, v: Tensor) -> Tensor:
         return self._operator.matvec(v) + self._shift * v

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,15 @@ PRECONDITIONERS = {
 }
 
 
+SHARDED: tuple[tuple[Callable[[], nn.Module], dict[str, Any]], ...] = (
+    (network, PINNED | {"linearization": "graph"}),
+    # 371 parameters: the second half is one short
+    (lambda: network().append(nn.PReLU().double()), PINNED | {"linearization": "graph"}),
+    (network, {"line_search": Armijo(), "momentum": QuadraticModelMomentum(), "linearization": "graph"}),
+    (network, {"solver": CG(max_iterations=1, every=2), "linearization": "graph"}),
+)
+
+
 def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
     CHECKS[function.__name__] = function
     return function
@@ -44,6 +55,50 @@ def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
 @check
 def pinned(rank: int) -> Any:
     return state_of(on_a_rank(network(), batches(40, 24)[rank], 20, **PINNED))
+
+
+@check
+def sharded(rank: int) -> Any:
+    """Vectors in parts."""
+    return [
+        state_of(on_a_rank(make(), batches(32, 32)[rank], 5, shard_vectors=True, **settings))
+        for make, settings in SHARDED
+    ]
+
+
+@check
+def traffic(rank: int) -> Any:
+    """Bytes that each step hands to the communication of the package, by step, and iterations."""
+    bytes_sent = 0
+
+    def counted(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            nonlocal bytes_sent
+            bytes_sent += args[argument].numel() * args[argument].element_size()
+            return function(*args, **settings)
+
+        return call
+
+    names = {"all_reduce": 0, "all_gather_single": 1, "reduce_scatter_single": 1}
+    found = {}
+    with contextlib.ExitStack() as stack:
+        for name, argument in names.items():
+            stack.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name), argument)))
+        for name, dtype, settings in (
+            ("pinned", torch.float64, PINNED),
+            ("sharded", torch.float64, {**PINNED, "shard_vectors": True}),
+            ("defaults", torch.float32, {}),
+        ):
+            model = DistributedDataParallel(network(dtype))
+            optimizer = HessianFree(model.parameters(), linearization="graph", **settings)
+            x, y = batches(40, 24, dtype=dtype)[rank]
+            found[name] = []
+            for _ in range(8):
+                bytes_sent = 0
+                loop(optimizer, lambda model=model, x=x, y=y: F.mse_loss(model(x), y), 1)
+                assert optimizer.last_step is not None
+                found[name].append((bytes_sent, optimizer.last_step.iterations))
+    return found
 
 
 class Mixed(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessfree import HessianFree
 from tests.distributed import pair
-from tests.distributed.checks import PRECONDITIONERS
+from tests.distributed.checks import PRECONDITIONERS, SHARDED
 from tests.distributed.failures import FAILURES
 from tests.distributed.training import PINNED, alone, batches, network, state_of
 
@@ -70,6 +70,31 @@ def test_preconditioners_are_those_of_one_process(found: dict[str, Both], name: 
     reference = alone(network(), joined, 6, preconditioner=PRECONDITIONERS[name], linearization="graph")
     assert difference(state, reference) <= 1e-8
     assert state["damping"] == state_of(reference)["damping"]
+
+
+@pytest.mark.parametrize("case", range(len(SHARDED)))
+def test_vectors_in_parts_give_the_same_step(found: dict[str, Both], case: int) -> None:
+    first, second = both(found, "sharded")
+    assert same_bits(first[case], second[case])
+    make, settings = SHARDED[case]
+    joined = [tuple(torch.cat(p) for p in zip(*batches(32, 32), strict=True))]
+    assert difference(first[case], alone(make(), joined, 5, **settings)) <= 1e-10
+
+
+def test_bytes_are_those_derived(found: dict[str, Both]) -> None:
+    first, second = both(found, "traffic")
+    assert first == second
+    numbers = sum(p.numel() for p in network().parameters())
+    status = 8 * 8
+    for sent, iterations in first["pinned"][1:]:
+        # before forward and backward, with the loss, two at the set-up, after the solve, at the replay
+        assert sent == 7 * status + 8 * iterations * numbers
+    for sent, iterations in first["sharded"][1:]:
+        products = iterations * (numbers // 2 + numbers + 5)  # gather p, scatter Gp, inner products
+        assert sent == 7 * status + 8 * (products + 4 + numbers)  # and gather x and r
+    assert first["defaults"][6] == (6 * status + 4 * 3 * numbers, 3)
+    factors = 4**2 + 17**2 + 17**2 + 16**2 + 16**2 + 2 + 3  # A of each layer, S (of the last its diagonal), rows
+    assert first["defaults"][7] == (10 * status + 4 * (3 * numbers + factors), 3)
 
 
 def test_a_group_without_a_wrapper(found: dict[str, Both]) -> None:
