@@ -18,6 +18,11 @@ COLOURS = {
     "adam": "#D55E00",
     "soap": "#CC79A7",
     "lbfgs": "#E69F00",
+    "sgd": "#777777",
+    "adamw": "#F0A36B",
+    "muon": "#6A3D9A",
+    "shampoo": "#882255",
+    "gram": "#999933",
 }
 OTHERS = ("#555555", "#8C6D31", "#7B4173", "#999999")
 _LABELS = {"seconds": "seconds of training", "samples": "training samples"}

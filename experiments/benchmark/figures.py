@@ -13,10 +13,16 @@ from experiments.plots import COLOURS, OTHERS, label_ticks, name_lines, style_ax
 from experiments.results import score_name
 
 _POINTS = 100  # of a median curve
+_FLOOR = "#444444"
+_AXES = ("seconds", "samples")
+
+Curve = list[tuple[float, float]]  # (seconds or samples, score), ascending and positive
 
 
 def write_curves(path: Path, rows: Sequence[Row]) -> Path:
-    """Draw score against seconds on logarithmic axes: each seed thin, the median over seeds thick and named.
+    """Draw the score against seconds and against samples: the median over seeds as a line, their range as a band.
+
+    Both axes are logarithmic. Where the statistical floor of a problem was measured, the right panel has it.
 
     Args:
         path: The file to write; its ending gives the format.
@@ -27,45 +33,101 @@ def write_curves(path: Path, rows: Sequence[Row]) -> Path:
     """
     from matplotlib.figure import Figure  # without the global state of pyplot
 
-    figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    score = score_name(rows[0]["score"])
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(
+        f"{rows[0]['problem']}: {score} at equal seconds"
+        + (f", median and range of {seeds} seeds" if seeds > 1 else ""),
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+    )
+    drawn = [_panel(panel, rows, against) for panel, against in zip(panels, _AXES, strict=True)]
+    _limit_height(panels[0], rows)
+    for panel, ends, against in zip(panels, drawn, _AXES, strict=True):
+        if ends:
+            name_lines(panel, ends)
+            style_axis(panel, against)
+    _draw_floor(panels[1], rows)
+    panels[0].set_ylabel(score)
+    figure.savefig(path)
+    return path
+
+
+def _panel(axis: Any, rows: Sequence[Row], against: str) -> list[tuple[float, float, str, str]]:
+    """Draw the lines of one panel; give their ends, with names and colours."""
     axis.set_xscale("log")
     axis.set_yscale("log")
-    score = score_name(rows[0]["score"])
-    axis.set_title(f"{rows[0]['problem']}: {score} against seconds", loc="left", fontsize=12, fontweight="bold")
     ends = []
     for index, name in enumerate(dict.fromkeys(row["optimizer"] for row in rows)):
         colour = _colour(name, index)
-        curves = [curve for row in rows if row["optimizer"] == name and (curve := _points(row))]
-        for curve in curves:
-            # a single step, where steps are long, is a point
-            axis.plot(
-                *zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.4, marker="." if len(curve) == 1 else ""
-            )
+        curves = [curve for row in rows if row["optimizer"] == name and (curve := _points(row, against))]
         median = median_curve(curves)
-        if median:
-            axis.plot(*zip(*median, strict=True), color=colour, linewidth=2.2)
-            ends.append((*median[-1], name, colour))
-    if ends:
-        name_lines(axis, ends)
-        style_axis(axis, "seconds")
-    axis.set_ylabel(score)
-    figure.savefig(path)
-    return path
+        if not median:
+            # one step, where steps are long, is a point
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=4, linewidth=1)
+            ends += [(*curve[-1], name, colour) for curve in curves[:1]]
+            continue
+        xs = [x for x, _ in median]
+        if len(curves) > 1:
+            heights = [[_height(curve, x) for curve in curves] for x in xs]
+            axis.fill_between(xs, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.15, lw=0)
+        axis.plot(*zip(*median, strict=True), color=colour, linewidth=2.4 if name == OURS else 1.7)
+        ends.append((*median[-1], name, colour))
+    return ends
+
+
+def _limit_height(axis: Any, rows: Sequence[Row]) -> None:
+    """Cut off what a run that diverged adds at the top: nothing is learned above three times the start."""
+    starts = [row["curve"]["score"][0] for row in rows if row["curve"]["score"]]
+    start = max((value for value in starts if value is not None), default=None)
+    if start is not None and start > 0 and axis.get_ylim()[1] > 3 * start:
+        axis.set_ylim(top=3 * start)
+
+
+def _draw_floor(axis: Any, rows: Sequence[Row]) -> None:
+    """Draw the floor that was measured in the reference's runs: the median over seeds."""
+    floors = [row["floor"] for row in rows if row.get("floor")]
+    for key, style, words in (
+        ("without_prior", (0, (1, 2)), "P·σ²/(D·samples)"),
+        ("excess", (0, (5, 2)), "statistical floor"),
+    ):
+        curve = median_curve([list(zip(floor["samples"], floor[key], strict=True)) for floor in floors])
+        if not curve:
+            continue
+        limits = axis.get_xlim(), axis.get_ylim()
+        axis.plot(*zip(*curve, strict=True), color=_FLOOR, linewidth=1.2, linestyle=style, zorder=1)
+        axis.set(xlim=limits[0], ylim=(min(limits[1][0], curve[-1][1] / 1.5), limits[1][1]))
+        x, y = curve[len(curve) // 2]
+        axis.annotate(
+            words,
+            (x, y),
+            xytext=(-4, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+            fontstyle="italic",
+            color=_FLOOR,
+        )
 
 
 def _colour(name: str, index: int) -> str:
     return COLOURS.get(name, OTHERS[index % len(OTHERS)])
 
 
-def _points(row: Row) -> list[tuple[float, float]]:
+def _points(row: Row, against: str) -> Curve:
     """The part of a curve that logarithmic axes can show."""
-    pairs = zip(row["curve"]["seconds"][1:], row["curve"]["score"][1:], strict=True)
+    pairs = zip(row["curve"][against][1:], row["curve"]["score"][1:], strict=True)
     return [(x, y) for x, y in pairs if y is not None and y > 0 and x > 0]
 
 
-def median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Take the median of curves at equal seconds.
+def median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> Curve:
+    """Take the median of curves at equal seconds, or equal samples.
 
     Args:
         curves: (seconds, score) pairs, both ascending in seconds and positive.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmark import ablation, figures, report, store, suite, tuning
+from experiments.benchmark import ablation, figures, report, store, suite, trials, tuning
 from experiments.benchmark.measure import Row, Work, perform_all
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
 from experiments.problems import Problem, make, parameters_of
@@ -131,7 +131,8 @@ def run_optimizers(job: Job) -> list[Row]:
             )
             tuned[problem.name] = tuned.get(problem.name, {}) | found
             tuning.save(where, tuned)
-        _say(f"wrote {where}")
+        for path in (where, *_show_trials(out, tuned, [problem.name for problem in problems])):
+            _say(f"wrote {path}")
         return []
     works = []
     for problem in problems:
@@ -145,8 +146,16 @@ def run_optimizers(job: Job) -> list[Row]:
         seconds = job.seconds(suite.BUDGETS[problem.name])
         works += _works(job, problem, settings, seconds, device)
     rows = _measure(job, works, out, device)
-    _finish(out, rows, report.table(rows))
+    shown = _show_trials(out, tuned, list(dict.fromkeys(row["problem"] for row in rows)))
+    _finish(out, rows, report.table(rows), shown)
     return rows
+
+
+def _show_trials(out: Path, tuned: tuning.Tuned, problems: Sequence[str]) -> list[Path]:
+    """Write what tuning tried, as a table and as a figure."""
+    page = out / "trials.md"
+    page.write_text(trials.table(tuned, problems) + "\n")
+    return [page, trials.write_figure(out / "trials.png", tuned, problems)]
 
 
 def run_ablation(job: Job) -> list[Row]:
@@ -237,7 +246,7 @@ def _measure(job: Job, works: Sequence[Work], out: Path, device: str) -> list[Ro
     return rows
 
 
-def _finish(out: Path, rows: Sequence[Row], table: str) -> None:
+def _finish(out: Path, rows: Sequence[Row], table: str, others: Sequence[Path] = ()) -> None:
     """Show what results.json says by now."""
     (out / "table.md").write_text(table + "\n")
     paths = [out / "results.json", out / "table.md"]
@@ -247,7 +256,7 @@ def _finish(out: Path, rows: Sequence[Row], table: str) -> None:
         )
     paths.append(figures.write_summary(out / "summary.png", rows))
     _say(f"\n{table}\n")
-    for path in paths:
+    for path in (*paths, *others):
         _say(f"wrote {path}")
 
 
