@@ -125,5 +125,6 @@ def ratio_of_last(
     if memory.pending is None:
         return math.nan
     before, predicted, *_ = memory.pending
-    squares = (w * float(p.detach().square().sum()) for w, p in zip(weight_decay, parameters.params, strict=True) if w)
+    pieces = parameters.views(parameters.values()) if any(weight_decay) else ()
+    squares = (w * float(t.square().sum()) for w, t in zip(weight_decay, pieces, strict=False))
     return reduction_ratio(loss + 0.5 * sum(squares) - before, predicted, loss, dtype)

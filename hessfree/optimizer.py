@@ -298,7 +298,7 @@ class HessianFree(Optimizer):
         self._builder = CurvatureBuilder(
             self._owners,
             settings.model,
-            settings.linearization,
+            settings.backend(self._parameters.divided),
             settings.curvature_batch,
             settings.taps,
             settings.microbatch,

@@ -111,6 +111,32 @@ class Settings:
         """Whether the solver looks at the preconditioner at all."""
         return self.solver.uses_preconditioner
 
+    def backend(self, divided: bool) -> str:
+        """Return the back end for parameters that are `divided` over processes, or not.
+
+        Args:
+            divided: Whether some of them are DTensors.
+
+        Returns:
+            Its name.
+
+        Raises:
+            ValueError: Another one was asked for, or a preconditioner that looks at layers.
+        """
+        if not divided:
+            return self.linearization
+        if self.linearization not in {"auto", "graph"}:
+            raise ValueError(
+                f"linearization={self.linearization!r} cannot be used: some parameters are DTensors (tensor "
+                "parallelism), which the autograd graph alone differentiates twice; choose 'graph' or 'auto'"
+            )
+        if self.taps:
+            raise ValueError(
+                f"preconditioner={self.preconditioner!r} looks at whole layers, and some parameters are DTensors "
+                "(tensor parallelism), of which each process has a part; choose Identity(), Jacobi() or Nystrom()"
+            )
+        return "graph"
+
     @property
     def taps(self) -> tuple[type[nn.Module], ...]:
         """Types of modules whose inputs have to be recorded."""

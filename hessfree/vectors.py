@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,12 @@ class FlatSpace:
 class ParameterVector(FlatSpace):
     """The flat space `[P]` of an ordered set of parameters.
 
+    Parameters that are divided over a mesh of processes (DTensor) have flat vectors all the same, whole and equal on
+    every process; `split` gives each process its part of them.
+
     Attributes:
         params: The parameters, each once.
+        divided: Whether some of them are divided over processes.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -113,6 +118,7 @@ class ParameterVector(FlatSpace):
                 "move the model to a single device before building the optimizer"
             )
         super().__init__([p.shape for p in self.params], [p.dtype for p in self.params], self.params[0].device)
+        self.divided = any(_is_divided(p) for p in self.params)
         self._indices = {id(p): i for i, p in enumerate(self.params)}
         ends = list(itertools.accumulate(self.numels))
         self._slices = [slice(end - n, end) for end, n in zip(ends, self.numels, strict=True)]
@@ -136,6 +142,19 @@ class ParameterVector(FlatSpace):
         """Return where `param` stands in the flat vector."""
         return self._slices[self._indices[id(param)]]
 
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Join tensors like the parameters into one vector (see `FlatSpace.flatten`)."""
+        if self.divided:
+            tensors = [_whole(t) if t is not None and _is_divided(t) else t for t in tensors]
+        return super().flatten(tensors)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return `vector` `[P]` as tensors like the parameters (see `FlatSpace.split`), divided as they are."""
+        pieces = super().split(vector)
+        if not self.divided:
+            return pieces
+        return [_divide(t, p) if _is_divided(p) else t for t, p in zip(pieces, self.params, strict=True)]
+
     def values(self) -> Tensor:
         """Return a copy of the parameters as one `[P]` vector."""
         return self.flatten(self.params)
@@ -151,7 +170,7 @@ class ParameterVector(FlatSpace):
     def restore(self, backup: Sequence[Tensor]) -> None:
         """Write back what `backup` returned, unseen by autograd's version counters."""
         for p, b in zip(self.params, backup, strict=True):
-            p.data.copy_(b)
+            _own(p).data.copy_(_own(b))
         torch.clear_autocast_cache()  # around the whole step, autocast would go on using its copies of the old values
 
     def try_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
@@ -165,7 +184,8 @@ class ParameterVector(FlatSpace):
             step: A `[P]` vector.
         """
         for p, b, s in zip(self.params, backup, self.views(step), strict=True):
-            p.data.copy_(b + s)  # rounded once, to the parameter's dtype
+            # rounded once, to the parameter's dtype
+            _own(p).data.copy_(_own(b) + _own(_divide(s, p) if _is_divided(p) else s))
         torch.clear_autocast_cache()
 
     def take_step(self, backup: Sequence[Tensor], step: Tensor) -> None:
@@ -177,7 +197,7 @@ class ParameterVector(FlatSpace):
         """
         with torch.no_grad():
             for p, b, s in zip(self.params, backup, self.views(step), strict=True):
-                p.copy_(b + s)
+                _own(p).copy_(_own(b) + _own(_divide(s, p) if _is_divided(p) else s))
         torch.clear_autocast_cache()
 
     def uniform_or_vector(self, values: Sequence[float]) -> float | Tensor:
@@ -193,6 +213,27 @@ class ParameterVector(FlatSpace):
             return values[0]
         pieces = zip(values, self.numels, strict=True)
         return torch.cat([torch.full((n,), v, dtype=self.dtype, device=self.device) for v, n in pieces])
+
+
+def _is_divided(t: Tensor) -> bool:
+    return hasattr(t, "device_mesh") and hasattr(t, "placements")
+
+
+def _own(t: Tensor) -> Tensor:
+    """Return this process's part of `t`, in the same memory."""
+    return t.detach().to_local() if _is_divided(t) else t  # type: ignore[attr-defined]
+
+
+def _whole(t: Any) -> Tensor:
+    """Return a divided tensor put together, on every process."""
+    return t.detach().full_tensor()
+
+
+def _divide(t: Tensor, like: Any) -> Tensor:
+    """Return `t`, which every process has, divided as `like` is. Nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _check(p: Tensor) -> None:

@@ -206,6 +206,7 @@ class CallTree:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.paused or threading.get_ident() != self._thread:
             return
+        _refuse_sharded(module)
         if isinstance(module, DistributedDataParallel):  # it may hand buffers round before it calls its module
             if module in self._owners:
                 self.wrappers += [] if module in self.wrappers else [module]
@@ -228,12 +229,33 @@ class CallTree:
         # torch passes no kwargs where the forward raised and the hook runs only because of always_call
         if self.paused or threading.get_ident() != self._thread or module not in self._owners:
             return
-        if isinstance(module, DistributedDataParallel):
-            return
+        if not self._stack or self._stack[-1].module is not module:
+            return  # a wrapper, or a call that was refused before it began
         call = self._stack.pop()
         if call.inputs or not self._stack:
             call.keywords = kwargs_and_output[0] if len(kwargs_and_output) == 2 else {}
         call.outputs = Output.all_of(kwargs_and_output[-1], self._keep_value(call.path))
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Refuse modules whose parameters are gathered for the forward pass only.
+
+    What runs there are copies: autograd gives None for derivatives in the parameters themselves, and forward mode has
+    no rule for the shards (torch 2.14).
+
+    Args:
+        module: About to be called.
+
+    Raises:
+        RuntimeError: It is such a module.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, there are none
+    if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+        raise RuntimeError(
+            f"{type(module).__name__} shards its parameters (fully_shard, FSDP), and torch differentiates them neither "
+            "twice nor in forward mode, which products with the Jacobian need. Use DistributedDataParallel, with "
+            "shard_vectors=True to divide the optimizer's vectors; or tensor parallelism (parallelize_module)"
+        )
 
 
 @contextlib.contextmanager

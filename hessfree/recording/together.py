@@ -70,7 +70,9 @@ class Together:
         Raises:
             RuntimeError: Who belongs together is not known; or another rank failed.
         """
-        if not self._known:
+        if parameters.divided:
+            self.ranks = ALONE
+        elif not self._known:
             self.ranks = guessed_ranks(self.setting, parameters.device)
 
         def before_backward() -> None:
@@ -122,6 +124,8 @@ class Together:
             ranks.mean(recording.gradient)
 
     def _meet(self, parameters: ParameterVector, tree: CallTree) -> None:
+        if parameters.divided and not tree.wrappers:
+            return  # tensor parallel: every process of the mesh has the same loss, and whole vectors
         try:
             ranks = ranks_of(self.setting, tree.wrappers, parameters.device)
         except RuntimeError:

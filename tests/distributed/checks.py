@@ -10,6 +10,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +23,7 @@ from hessfree import (
     Armijo,
     EmpiricalFisherDiagonal,
     HessianFree,
+    Identity,
     Jacobi,
     Nystrom,
     QuadraticModelMomentum,
@@ -44,6 +49,12 @@ SHARDED: tuple[tuple[Callable[[], nn.Module], dict[str, Any]], ...] = (
     (lambda: network().append(nn.PReLU().double()), PINNED | {"linearization": "graph"}),
     (network, {"line_search": Armijo(), "momentum": QuadraticModelMomentum(), "linearization": "graph"}),
     (network, {"solver": CG(max_iterations=1, every=2), "linearization": "graph"}),
+)
+
+
+TENSOR_PARALLEL: tuple[dict[str, Any], ...] = (
+    PINNED,
+    {"preconditioner": Jacobi(), "momentum": QuadraticModelMomentum()},
 )
 
 
@@ -99,6 +110,47 @@ def traffic(rank: int) -> Any:
                 assert optimizer.last_step is not None
                 found[name].append((bytes_sent, optimizer.last_step.iterations))
     return found
+
+
+@check
+def tensor_parallel(rank: int) -> Any:
+    """A mesh of two: columns of the first layer, rows of the second; both processes have the same batch."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for settings in TENSOR_PARALLEL:
+        model = parallelize_module(network(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        optimizer = HessianFree(model.parameters(), weight_decay=0.01, **settings)
+        (x, y), *_ = batches(40)
+        loop(optimizer, lambda model=model, x=x, y=y: F.mse_loss(model(x), y), 5)
+        state = state_of(optimizer)
+        state["parameters"] = [p.full_tensor() if isinstance(p, DTensor) else p for p in state["parameters"]]
+        found.append(state)
+    refused = []
+    for settings in ({}, {"preconditioner": Identity(), "linearization": "traced"}):
+        try:
+            HessianFree(model.parameters(), **settings)
+        except ValueError as error:
+            refused.append(str(error))
+    return found, refused
+
+
+@check
+def fully_sharded(rank: int) -> Any:
+    """torch 2.14 gives no derivatives in the parameters of `fully_shard`."""
+    model, (x, y) = network(), batches(40)[0]
+    for part in (model[0], model[2], model[4], model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    z = model(x)
+    torch_gives = torch.autograd.grad(z.sum(), list(model.parameters()), allow_unused=True)
+    optimizer = HessianFree(model.parameters(), preconditioner=Identity())
+    before = [p.detach().to_local().clone() for p in model.parameters()]
+    try:
+        loop(optimizer, lambda: F.mse_loss(model(x), y), 1)
+        words = ""
+    except RuntimeError as error:
+        words = str(error)
+    stayed = all(torch.equal(p, q.to_local()) for p, q in zip(before, model.parameters(), strict=True))
+    return words, stayed, [g is None for g in torch_gives]
 
 
 class Mixed(nn.Module):

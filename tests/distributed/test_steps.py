@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessfree import HessianFree
 from tests.distributed import pair
-from tests.distributed.checks import PRECONDITIONERS, SHARDED
+from tests.distributed.checks import PRECONDITIONERS, SHARDED, TENSOR_PARALLEL
 from tests.distributed.failures import FAILURES
 from tests.distributed.training import PINNED, alone, batches, network, state_of
 
@@ -95,6 +95,22 @@ def test_bytes_are_those_derived(found: dict[str, Both]) -> None:
     assert first["defaults"][6] == (6 * status + 4 * 3 * numbers, 3)
     factors = 4**2 + 17**2 + 17**2 + 16**2 + 16**2 + 2 + 3  # A of each layer, S (of the last its diagonal), rows
     assert first["defaults"][7] == (10 * status + 4 * (3 * numbers + factors), 3)
+
+
+def test_tensor_parallel_steps_are_those_of_one_process(found: dict[str, Both]) -> None:
+    (first, refused), (second, _) = both(found, "tensor_parallel")
+    assert same_bits(first, second)
+    for state, settings in zip(first, TENSOR_PARALLEL, strict=True):
+        assert state["backend"] == "graph"
+        settings = settings | {"linearization": "graph", "weight_decay": 0.01}
+        assert difference(state, alone(network(), batches(40), 5, **settings)) <= 1e-10
+    assert len(refused) == 2 and "Identity()" in refused[0] and "choose 'graph'" in refused[1]
+
+
+def test_fully_sharded_modules_are_refused(found: dict[str, Both]) -> None:
+    for words, stayed, nothing in both(found, "fully_sharded"):
+        assert "fully_shard" in words and "DistributedDataParallel" in words and stayed
+        assert all(nothing)  # else torch has learned it, and the refusal can go
 
 
 def test_a_group_without_a_wrapper(found: dict[str, Both]) -> None:
