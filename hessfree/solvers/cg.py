@@ -224,7 +224,7 @@ def _conclude(run: Run, rows: Sequence[Row], stop: _Stop) -> Solution:
 
 def _preconditioned(operator: SymmetricOperator, run: Run) -> Solution:
     """Return the start plus z."""
-    found = _direct(operator, run.x + run.z, run.r, Status.PRECONDITIONER)
+    found = _direct(operator, run.x + run.p, run.r, Status.PRECONDITIONER)
     return dataclasses.replace(found, value=run.x) if found.failed else found
 
 

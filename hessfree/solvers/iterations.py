@@ -29,8 +29,7 @@ class Run:
     Attributes:
         x: The iterate, `[P]`.
         r: Its residual b − (A + D)x, `[P]`.
-        z: The preconditioned residual of the start, `[P]`.
-        start: The first x and r.
+        p: The direction of the next iteration, `[P]`; that of the first is the preconditioned residual of the start.
     """
 
     def __init__(
@@ -65,10 +64,10 @@ class Run:
             keep = self._model <= 0  # neither a NaN
             self.x, self.r = torch.where(keep, self.x, 0), torch.where(keep, self.r, rhs)
             self._model = torch.where(keep, self._model, 0)
-        self.start = (self.x, self.r)
+        self._start = None if start is None else (self.x, self.r)  # else zero and b, which need no memory
         self._scale = torch.where(square > 0, square, 1)
-        self.z = self._p = self._precondition(self.r)
-        self._rz, self._rr = self._dots((self.r, self._p), (self.r, self.r))
+        self.p = self._precondition(self.r)
+        self._rz, self._rr = self._dots((self.r, self.p), (self.r, self.r))
         self._finite = torch.isfinite(self._rz) & torch.isfinite(self._model)
         self._positive = torch.ones_like(self._finite)
         self._definite = self._rz > 0
@@ -77,10 +76,15 @@ class Run:
         self._first = True
         self._drift = Drift(self.x, self.r) if replaces else None
 
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        """The first x and r."""
+        return self._start or (torch.zeros_like(self._rhs), self._rhs.clone())
+
     def advance(self) -> None:
         """Take one iteration. Once one could not be taken in full, nothing changes any more."""
-        q = self._product(self._p)
-        curvature, slope = self._dots((self._p, q), (self._p, self.r))
+        q = self._product(self.p)
+        curvature, slope = self._dots((self.p, q), (self.p, self.r))
         self._positive = curvature > 0
         # To the minimum of m on the line; pᵀr is rᵀz but for rounding, and never climbs in spite of it. Along
         # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
@@ -88,9 +92,9 @@ class Run:
         self._length, self._first = length, False
         r = torch.addcmul(self.r, q, -length)  # r − αq
         if self._drift is None:
-            x = torch.addcmul(self.x, self._p, length)  # x + αp
+            x = torch.addcmul(self.x, self.p, length)  # x + αp
         else:
-            x = self._drift.moved(self._p, q, length)
+            x = self._drift.moved(self.p, q, length)
             if self._drift.due(x, self.r, r):
                 r = self._rhs - self._product(x)
                 self._drift.replaced(x, r)
@@ -102,7 +106,7 @@ class Run:
         rz, self._rr = self._dots((self.r, z), (self.r, self.r))
         self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
         self._alive = self._finite & self._positive & self._definite
-        self._p = torch.where(self._alive, torch.addcmul(z, self._p, rz / self._rz), self._p)
+        self.p = torch.where(self._alive, torch.addcmul(z, self.p, rz / self._rz), self.p)
         self._rz = rz
 
     def row(self) -> Tensor:

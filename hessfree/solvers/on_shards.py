@@ -15,7 +15,7 @@ from hessfree.solvers.base import Map, Solution, Solver
 class OnShards:
     """Solves (A + D) x = b with all vectors of `solver` divided among ranks.
 
-    Conjugate gradients hold five (x, r, z, p and Ap), which makes 5P / ranks numbers. Whole for the time of a product
+    Conjugate gradients hold five (b, x, r, p and Ap), which makes 5P / ranks numbers. Whole for the time of a product
     are the direction and the product, for that of a preconditioner its argument and its value, and at the end x and r.
     """
 

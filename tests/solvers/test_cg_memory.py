@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -17,6 +18,28 @@ MATRIX, RHS = symmetric(SPECTRA["decades"], seed=40), vector(SIZE, seed=41)
 def test_settings_without_memory_leave_none() -> None:
     for solver in (CG(max_iterations=3), CG(max_iterations=0), CG(tolerance=1e-3), CG(replace_residual=True)):
         assert dict(solver.solve(DenseOperator(MATRIX), RHS, 0.1).memory) == {}
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_product_sees_five_vectors(preconditioned: bool) -> None:
+    """They are b, x, r, p and the product: what is divided among ranks by `shard_vectors`."""
+
+    class Counting(DenseOperator):
+        seen = 0
+
+        def matvec(self, v: Tensor) -> Tensor:
+            product = super().matvec(v)
+            vectors = (t for t in gc.get_objects() if type(t) is Tensor and t.shape == (SIZE,))
+            found = {t.untyped_storage().data_ptr() for t in vectors} - before
+            self.seen = max(self.seen, len(found))
+            return product
+
+    rhs = RHS.clone()
+    vectors = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (SIZE,) and t is not rhs]
+    before = {t.untyped_storage().data_ptr() for t in vectors}
+    operator = Counting(MATRIX)
+    CG(max_iterations=6).solve(operator, rhs, 0.1, jacobi(MATRIX, 0.1) if preconditioned else None)
+    assert 4 <= operator.seen <= 5 + preconditioned  # the diagonal of the preconditioner is one more
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 4])
