@@ -16,9 +16,9 @@ the mean of the ranks' losses, whatever their batches hold, and every rank takes
 - A back end that cannot be used on one rank is used on none.
 - A step of k iterations at which nothing is learned or evaluated hands over 4kP + 6·64 bytes in float32.
 
-`shard_vectors=True` divides the vectors of conjugate gradients: during a product each rank holds P/n numbers of b, x, r, p and Gp. A
-product gathers p and scatters Gp, which sends what the one reduction did, and inner products are three messages of at
-most two numbers an iteration. K-FAC's inverse gathers r once more.
+`shard_vectors=True` divides the vectors of conjugate gradients: during a product each rank holds P/n numbers of b, x,
+r, p and Gp. A product gathers p and scatters Gp, which sends what the one reduction did, and inner products are three
+messages of at most two numbers an iteration. K-FAC's inverse gathers r once more.
 
 Tensor parallel parameters (DTensor of `parallelize_module`) work through the autograd graph: each process multiplies
 by its part of the network, and flat vectors are whole on all. `fully_shard` is refused: the forward pass uses
