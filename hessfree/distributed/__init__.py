@@ -53,6 +53,7 @@ from hessfree.distributed.membership import (
     same_bits,
     silent,
     synchronises,
+    world,
 )
 from hessfree.distributed.ranks import ALONE, RankError, Ranks, mean
 from hessfree.distributed.shards import Shards
@@ -70,4 +71,5 @@ __all__ = [
     "same_bits",
     "silent",
     "synchronises",
+    "world",
 ]

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from hessfree.distributed import world
 from hessfree.recording.autocast import Autocast, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.random_state import RandomState
@@ -206,7 +207,7 @@ class CallTree:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.paused or threading.get_ident() != self._thread:
             return
-        _refuse_sharded(module)
+        _refuse_spread(module)
         if isinstance(module, DistributedDataParallel):  # it may hand buffers round before it calls its module
             if module in self._owners:
                 self.wrappers += [] if module in self.wrappers else [module]
@@ -237,11 +238,12 @@ class CallTree:
         call.outputs = Output.all_of(kwargs_and_output[-1], self._keep_value(call.path))
 
 
-def _refuse_sharded(module: nn.Module) -> None:
-    """Refuse modules whose parameters are gathered for the forward pass only.
+def _refuse_spread(module: nn.Module) -> None:
+    """Refuse modules whose parameters or samples are spread over ranks in a way that has no products.
 
-    What runs there are copies: autograd gives None for derivatives in the parameters themselves, and forward mode has
-    no rule for the shards (torch 2.14).
+    `fully_shard` gathers parameters for the forward pass only. What runs there are copies: autograd gives None for
+    derivatives in the parameters themselves, and forward mode has no rule for the shards (torch 2.14). The statistics
+    of SyncBatchNorm make outputs of one rank depend on samples of another, and its backward is no differentiable code.
 
     Args:
         module: About to be called.
@@ -249,6 +251,11 @@ def _refuse_sharded(module: nn.Module) -> None:
     Raises:
         RuntimeError: It is such a module.
     """
+    if isinstance(module, nn.SyncBatchNorm) and module.training and world() > 1:
+        raise RuntimeError(
+            f"SyncBatchNorm mixes samples of {world()} ranks, and each rank makes its products with the Jacobian from its "
+            "own; use BatchNorm, whose statistics are a rank's own, or GroupNorm or LayerNorm, which need none"
+        )
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, there are none
     if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
         raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from hessfree import (
     HessianFree,
     Identity,
     Jacobi,
+    LevenbergMarquardt,
     Nystrom,
     QuadraticModelMomentum,
     Woodbury,
@@ -151,6 +153,42 @@ def fully_sharded(rank: int) -> Any:
         words = str(error)
     stayed = all(torch.equal(p, q.to_local()) for p, q in zip(before, model.parameters(), strict=True))
     return words, stayed, [g is None for g in torch_gives]
+
+
+@check
+def wrappers(rank: int) -> Any:
+    """Settings of the wrapper that change its graph or its buckets."""
+    return [
+        state_of(on_a_rank(network(), batches(40, 24)[rank], 3, wrapper=wrapper, **PINNED | {"linearization": "graph"}))
+        for wrapper in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True})
+    ]
+
+
+@check
+def buffers(rank: int) -> Any:
+    """After a step with a replay, buffers are as after one forward pass under the wrapper, whose first rank's count."""
+    model = network(torch.float32).insert(1, nn.BatchNorm1d(16))
+    wrapped = DistributedDataParallel(model)
+    optimizer = HessianFree(wrapped.parameters(), damping_rule=LevenbergMarquardt(every=1), linearization="graph")
+    x, y = batches(40, 24, dtype=torch.float32)[rank]
+    same = []
+    for _ in range(3):
+        other = DistributedDataParallel(copy.deepcopy(model))
+        other(x)
+        loop(optimizer, lambda: F.mse_loss(wrapped(x), y), 1)
+        same.append(all(torch.equal(a, b) for a, b in zip(model.buffers(), other.module.buffers(), strict=True)))
+    return same, state_of(optimizer)
+
+
+@check
+def mixed_samples(rank: int) -> str:
+    model = network(torch.float32).insert(1, nn.SyncBatchNorm(16))
+    x, y = batches(40, 24, dtype=torch.float32)[rank]
+    try:
+        loop(HessianFree(model.parameters(), process_group=dist.group.WORLD), lambda: F.mse_loss(model(x), y), 1)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 class Mixed(nn.Module):

@@ -113,6 +113,24 @@ def test_fully_sharded_modules_are_refused(found: dict[str, Both]) -> None:
         assert all(nothing)  # else torch has learned it, and the refusal can go
 
 
+def test_settings_of_the_wrapper_change_nothing(found: dict[str, Both]) -> None:
+    first, second = both(found, "wrappers")
+    assert same_bits(first, second)
+    for state in first[1:]:
+        assert same_bits(state["parameters"], first[0]["parameters"])
+
+
+def test_buffers_are_those_of_one_forward_pass(found: dict[str, Both]) -> None:
+    (first, state), (second, other) = both(found, "buffers")
+    assert first == second == [True] * 3
+    assert state["evaluations"] == 1 and same_bits(state, other)
+
+
+def test_batch_norm_over_ranks_is_refused(found: dict[str, Both]) -> None:
+    for words in both(found, "mixed_samples"):
+        assert "SyncBatchNorm mixes samples of 2 ranks" in words
+
+
 def test_a_group_without_a_wrapper(found: dict[str, Both]) -> None:
     first, second = both(found, "plain_group")
     assert same_bits(first, second)

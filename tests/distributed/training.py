@@ -50,9 +50,11 @@ def loop(optimizer: HessianFree, loss: Callable[[], Tensor], steps: int) -> None
         optimizer.step(closure)
 
 
-def on_a_rank(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int, **settings: Any) -> HessianFree:
+def on_a_rank(
+    model: nn.Module, batch: tuple[Tensor, Tensor], steps: int, wrapper: dict[str, Any] | None = None, **settings: Any
+) -> HessianFree:
     """Train under DistributedDataParallel on this rank's batch."""
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, **(wrapper or {}))
     optimizer = HessianFree(wrapped.parameters(), **settings)
     loop(optimizer, lambda: F.mse_loss(wrapped(batch[0]), batch[1]), steps)
     return optimizer
