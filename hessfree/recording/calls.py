@@ -253,8 +253,8 @@ def _refuse_spread(module: nn.Module) -> None:
     """
     if isinstance(module, nn.SyncBatchNorm) and module.training and world() > 1:
         raise RuntimeError(
-            f"SyncBatchNorm mixes samples of {world()} ranks, and each rank makes its products with the Jacobian from its "
-            "own; use BatchNorm, whose statistics are a rank's own, or GroupNorm or LayerNorm, which need none"
+            f"SyncBatchNorm mixes samples of {world()} ranks, and each rank makes its products with the Jacobian from "
+            "its own; use BatchNorm, whose statistics are a rank's own, or GroupNorm or LayerNorm, which need none"
         )
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, there are none
     if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
