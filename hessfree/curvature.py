@@ -142,9 +142,15 @@ class CurvatureBuilder:
             return self._build(recording, parameters, self._backend, *details)
         here = ranks.guard(lambda: self._build(recording, parameters, self._backend, *details))
         facts = ranks.agree(None, BACKENDS.index(here.backend), here.sample is None)
-        if here.backend != "graph" and any(backend != facts[0][0] for backend, _ in facts):
+
+        def fall_back() -> Curvature:
+            if here.backend == "graph":
+                return here
             warn("another rank cannot use the back end that this one can; the autograd graph is used on all")
-            here = self._build(recording, parameters, "graph", *details)
+            return self._build(recording, parameters, "graph", *details)
+
+        if any(backend != facts[0][0] for backend, _ in facts):
+            here = ranks.guard(fall_back)  # a warning may be an error
         sample = None if any(none for _, none in facts) else here.sample
         averaged = Averaged(here.operator, ranks)
         return dataclasses.replace(here, operator=averaged, sample=sample, local=here.operator)

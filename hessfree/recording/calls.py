@@ -210,7 +210,8 @@ class CallTree:
         _refuse_spread(module)
         if isinstance(module, DistributedDataParallel):  # it may hand buffers round before it calls its module
             if module in self._owners:
-                self.wrappers += [] if module in self.wrappers else [module]
+                if module not in self.wrappers:
+                    self.wrappers.append(module)
                 self.before_wrapper()
             return
         self.buffers.see(module)

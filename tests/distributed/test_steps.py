@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from hessfree import HessianFree
 from tests.distributed import pair
 from tests.distributed.checks import PRECONDITIONERS, SHARDED, TENSOR_PARALLEL
 from tests.distributed.failures import FAILURES
-from tests.distributed.training import PINNED, alone, batches, network, state_of
+from tests.distributed.training import PINNED, alone, batches, difference, network, same_bits, state_of
 
 Both = tuple[Any, Any]
 
@@ -30,20 +29,6 @@ def both(found: dict[str, Both], name: str) -> Both:
         assert not isinstance(result, pair.Failed), f"rank {rank}: {result.words}"
         assert result is not None, f"rank {rank} never came to it"
     return found[name]
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    left, right = tree_leaves(a), tree_leaves(b)
-    return len(left) == len(right) and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(left, right, strict=True)
-    )
-
-
-def difference(state: Any, reference: HessianFree) -> float:
-    """The largest difference of parameters, over their norm."""
-    a = torch.cat([p.reshape(-1) for p in state["parameters"]])
-    b = torch.cat([p.detach().reshape(-1) for group in reference.param_groups for p in group["params"]])
-    return float((a - b).abs().max() / b.norm())
 
 
 def test_twenty_pinned_steps_are_those_of_one_process(found: dict[str, Both]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from hessfree import CG, HessianFree, Identity, LevenbergMarquardt
 from tests.architectures import DOUBLE
@@ -84,3 +85,17 @@ def state_of(optimizer: HessianFree) -> dict[str, Any]:
         "backend": report.backend,
         "evaluations": report.evaluations,
     }
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    left, right = tree_leaves(a), tree_leaves(b)
+    return len(left) == len(right) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(left, right, strict=True)
+    )
+
+
+def difference(state: Any, reference: HessianFree) -> float:
+    """The largest difference of parameters, over their norm."""
+    a = torch.cat([p.reshape(-1) for p in state["parameters"]])
+    b = torch.cat([p.detach().reshape(-1) for group in reference.param_groups for p in group["params"]])
+    return float((a - b).abs().max() / b.norm())
