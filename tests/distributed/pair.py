@@ -36,7 +36,7 @@ def run(module: str, folder: Path) -> dict[str, tuple[Any, Any]]:
     processes = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in range(2)]
     try:
         for process in processes:
-            process.wait(timeout=2 * PATIENCE)
+            process.wait(timeout=5 * PATIENCE)
     finally:
         for process in processes:
             process.kill()
