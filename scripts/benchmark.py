@@ -6,6 +6,7 @@ python scripts/benchmark.py optimizers
 python scripts/benchmark.py optimizers --tune --trials 4 --problems digits
 python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
 python scripts/benchmark.py ablation --problems 8gaussians-stable
+python scripts/benchmark.py replay --problems digits --seeds 0
 python scripts/benchmark.py products --models toy784 conv --out runs/mine
 python scripts/benchmark.py matmul-vjp --quick --out runs/mine
 """
@@ -24,6 +25,8 @@ try:
     from experiments.benchmark.products.job import ProductsJob
     from experiments.benchmark.products.job import run as run_products
     from experiments.benchmark.products.workloads import NAMES
+    from experiments.benchmark.replay import ReplayJob
+    from experiments.benchmark.replay import run as run_replay
     from experiments.command_line import Parser
     from experiments.environment import UsageError
     from experiments.studies import STUDIES
@@ -37,6 +40,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "optimizers": (Job, run_optimizers),
     "ablation": (Job, run_ablation),
     "products": (ProductsJob, run_products),
+    "replay": (ReplayJob, run_replay),
     **{name: (functools.partial(StudyJob, study=name), run_study) for name in STUDIES},
 }
 
@@ -107,6 +111,16 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         one = commands.add_parser(name, parents=[every], allow_abbrev=False, help=study.question)
         one.add_argument("--parts", nargs="+", metavar="NAME", help=f"{', '.join(study.parts)} [all]; others are kept")
         one.add_argument("--memory-gb", type=float, metavar="GB", help="what one form may need [half of what is free]")
+    replay = commands.add_parser(
+        "replay", allow_abbrev=False, help="the runs of `optimizers` again: are their losses the same to the last bit?"
+    )
+    replay.add_argument("--out", type=Path, metavar="DIR", help="where results.json is [runs/benchmark]")
+    replay.add_argument("--problems", nargs="+", metavar="NAME", help="whose runs are repeated [all]")
+    replay.add_argument("--optimizers", nargs="+", metavar="NAME", help="whose runs are repeated [all]")
+    replay.add_argument("--seeds", nargs="+", type=int, metavar="N", help="whose runs are repeated [all]")
+    replay.add_argument("--tuned", type=Path, metavar="FILE", help="the settings of the runs [the published ones]")
+    replay.add_argument("--jobs", type=int, default=1, metavar="N", help="0: all in this process [%(default)d]")
+    replay.add_argument("--data-root", type=Path, metavar="DIR", help="where the images of fashion-mnist are")
     words = vars(parser.parse_args(arguments))
     command = words.pop("command")
     return command, COMMANDS[command][0](**words)

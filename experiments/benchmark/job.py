@@ -28,7 +28,7 @@ class Job:
         threads: Of torch, in reported runs.
         device: "auto" or a torch device.
         out: Directory for what is written; None: runs/benchmark, or runs/ablation.
-        quick: Budgets of half a second, and two trials where contenders are tuned.
+        quick: Budgets of half a second, two trials where contenders are tuned, and one process for all runs.
         tune: Find the contenders' settings instead of running them.
         jobs: Trials at a time; reported runs are always one at a time. 0: everything in this process, for tests.
         trials: How many of each grid are tried, its best guesses first; None: all.
@@ -226,6 +226,7 @@ def _works(job: Job, problem: Problem, settings: dict[str, Any], seconds: float,
             threads=job.threads,
             device=device,
             data_root=job.data_root,
+            floor=name == suite.REFERENCE and not job.quick,
         )
         for seed in job.all_seeds
         for name, one in settings.items()
@@ -238,7 +239,7 @@ def _measure(job: Job, works: Sequence[Work], out: Path, device: str) -> list[Ro
     environment: dict[str, Any] = describe(choose_device(device)) | {"threads": job.threads, "cores": os.cpu_count()}
     rows = [] if job.fresh else store.load(path, environment, {work.problem: work.budget_seconds for work in works})
     _say(f"{len(works)} runs, {sum(work.budget_seconds for work in works):.0f} s of training, {job.threads} threads")
-    for row in perform_all(works, min(job.jobs, 1)):
+    for row in perform_all(works, min(job.jobs, 1), alone=not job.quick):
         rows = store.merge(rows, [row])
         store.save(path, environment, rows)
         final = "diverged" if row["final"] is None else f"{row['final']:.4g} after {row['steps']} steps"

@@ -1,6 +1,7 @@
 """Runs in fresh processes, so that imports, first-step tracing and threads are the same for all."""
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
+from experiments.benchmark import floor
+from experiments.benchmark.pace import Pace
 from experiments.comparison import load_torch_optimizers
 from experiments.environment import choose_device
 from experiments.optimizers import Settings
-from experiments.problems import make
-from experiments.training import train
+from experiments.problems import Problem, make
+from experiments.training import Training
 
 Row = dict[str, Any]  # one run, as results.json has it
 
@@ -36,6 +39,8 @@ class Work:
         threads: Of torch, within an operation.
         device: Where the training runs.
         data_root: Where the files of data sets are; None: the usual place.
+        pace: The course of an earlier run, which is repeated; None: the clock decides. See `Pace`.
+        floor: Whether the statistical floor is measured at the end, where there is one.
     """
 
     problem: str
@@ -46,6 +51,8 @@ class Work:
     threads: int
     device: str = "cpu"
     data_root: Path | None = None
+    pace: tuple[int, ...] | None = None
+    floor: bool = False
 
 
 def perform(work: Work) -> Row:
@@ -62,7 +69,7 @@ def perform(work: Work) -> Row:
         matrix without a factorisation, which is divergence too.
     """
     torch.set_num_threads(work.threads)
-    problem = make(work.problem, choose_device(work.device), work.data_root)
+    problem = _problem(work.problem, work.device, work.data_root)
     load_torch_optimizers()
     work.settings.build(problem.initial_model(work.seed).parameters(), work.seed)
     budget = work.budget_seconds
@@ -75,46 +82,71 @@ def perform(work: Work) -> Row:
         "score": problem.score,
         "settings": recorded(work.settings),
     }
+    pace = Pace(budget, work.pace)
     try:
-        run = train(problem, work.optimizer, work.settings, seed=work.seed, budget_seconds=budget, moments=moments)
+        training = Training(problem, work.optimizer, work.settings, seed=work.seed, budget=pace, moments=moments)
+        training.record()
+        while not training.done:
+            training.step()
     except torch.linalg.LinAlgError as error:
         nothing: Row = {"seconds": None, "final": None, "losses": {}, "steps": None, "samples": None}
         return row | nothing | {"error": str(error), "curve": {"seconds": [], "score": [], "samples": []}}
-    return row | {
-        "seconds": run.final.seconds,
-        "final": _finite(run.final.losses[problem.score]),
-        "losses": {name: _finite(value) for name, value in run.final.losses.items()},
-        "steps": run.final.step,
-        "samples": run.final.samples,
+    points = training.points
+    final = points[-1]
+    row |= {
+        "seconds": final.seconds,
+        "final": _finite(final.losses[problem.score]),
+        "losses": {name: _finite(value) for name, value in final.losses.items()},
+        "steps": final.step,
+        "samples": final.samples,
         "curve": {
-            "seconds": [point.seconds for point in run.points],
-            "score": [_finite(point.losses[problem.score]) for point in run.points],
-            "samples": [point.samples for point in run.points],
+            "seconds": [point.seconds for point in points],
+            "score": [_finite(point.losses[problem.score]) for point in points],
+            "samples": [point.samples for point in points],
         },
+        "pace": " ".join(map(str, pace.reached)),  # from which the run can be repeated step by step
     }
+    if work.floor and row["final"] is not None and floor.has_floor(problem):
+        measured = floor.floor_of(problem, training.model, work.seed)
+        row["floor"] = floor.recorded(measured, row["curve"]["samples"])
+    return row
 
 
-def perform_all(works: Sequence[Work], jobs: int = 1) -> Iterator[Row]:
+@functools.lru_cache(maxsize=1)
+def _problem(name: str, device: str, data_root: Path | None) -> Problem:
+    """Make a problem once where its runs follow each other in one process."""
+    return make(name, choose_device(device), data_root)
+
+
+def perform_all(works: Sequence[Work], jobs: int = 1, *, alone: bool = True) -> Iterator[Row]:
     """Make runs, each in a process of its own.
 
     Args:
         works: The runs.
         jobs: How many at a time; 0: one after the other in this process, which no timing should be taken from.
+        alone: False: one after the other in one process, which imports once: for a run that only shows that all works.
 
     Yields:
         The rows, in the order of `works`, each as soon as it and those before it are there.
     """
     if jobs == 0:
         yield from map(perform, works)
-        return
-    with ThreadPoolExecutor(jobs) as waiting:
-        yield from waiting.map(_perform_alone, works)
+    elif not alone:
+        with _process() as process:
+            yield from process.map(perform, works)
+    else:
+        with ThreadPoolExecutor(jobs) as waiting:
+            yield from waiting.map(_perform_alone, works)
 
 
 def _perform_alone(work: Work) -> Row:
-    # A new interpreter rather than a fork: torch's threads do not survive one, and imports start from nothing.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    with _process() as process:
         return process.submit(perform, work).result()
+
+
+def _process() -> ProcessPoolExecutor:
+    # A new interpreter rather than a fork: torch's threads do not survive one, and imports start from nothing.
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def recorded(settings: Settings) -> dict[str, Any]:

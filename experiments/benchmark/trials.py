@@ -28,13 +28,18 @@ def table(tuned: Tuned, problems: Sequence[str]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for problem in problems:
-        for name, one in tuned.get(problem, {}).items():
-            ranked = sorted(one.get("trials", ()), key=lambda trial: _height(trial["score"]))
+        for name, one in _tried(tuned, problem).items():
+            ranked = sorted(one["trials"], key=lambda trial: _height(trial["score"]))
             cells = [f"{written(trial['changes'])}: {_score(trial['score'])}" for trial in ranked]
             edge = f" (at the edge: {', '.join(one['at_edge'])})" if one.get("at_edge") else ""
             seconds = f"{one['budget_seconds']:g}{' of the processor' if one.get('clock') == 'cpu' else ''}"
             lines.append(f"| {problem} | {name}{edge} | {seconds} | {'; '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _tried(tuned: Tuned, problem: str) -> dict[str, Any]:
+    """Leave out what was chosen without trials, by hand."""
+    return {name: one for name, one in tuned.get(problem, {}).items() if one.get("trials")}
 
 
 def _height(score: float | None) -> float:
