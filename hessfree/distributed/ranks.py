@@ -94,8 +94,15 @@ class Ranks:
         Raises:
             Exception: `error` itself.
         """
-        if error is not self._told:
+        try:
+            seen: BaseException | None = error
+            while seen is not None:
+                if seen is self._told:  # or was raised because of it, by a closure that translates errors
+                    raise error
+                seen = seen.__cause__ or seen.__context__
             self.agree(error)
+        finally:
+            self._told = None  # its traceback holds the step's graph
         raise error
 
     def guard(self, function: Callable[[], T]) -> T:

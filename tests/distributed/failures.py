@@ -116,6 +116,22 @@ def fallback(rank: int) -> Any:
     return state_of(scene.optimizer)
 
 
+def translated(rank: int) -> Any:
+    """Both closures turn errors into others, rank 0's that which rank 1's had caused."""
+    scene = Scene(rank)
+    plain = scene.closure
+
+    def closure() -> Tensor:
+        try:
+            return plain()
+        except Exception as error:
+            raise ValueError("translated") from error
+
+    scene.closure = closure
+    trouble = scene.step("forward")
+    return [trouble, scene.step()], state_of(scene.optimizer)
+
+
 def no_wrapper(rank: int) -> Any:
     scene = Scene(rank)
     scene.model = scene.module
@@ -135,4 +151,4 @@ FAILURES: dict[str, Callable[[int], Any]] = {
     "learning": inside("hessfree.preconditioners.kfac._measure"),
     "linearising": inside("hessfree.curvature.CurvatureBuilder._evaluate"),
 }
-CHECKS = FAILURES | {f.__name__: f for f in (fallback, no_wrapper, not_averaged)}
+CHECKS = FAILURES | {f.__name__: f for f in (fallback, translated, no_wrapper, not_averaged)}

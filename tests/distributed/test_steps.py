@@ -164,6 +164,14 @@ def test_trouble_on_one_rank_is_trouble_on_all(found: dict[str, Both], name: str
             assert healthy["raised"].startswith("RankError: rank 1 of 2 failed") and ill["raised"] in healthy["raised"]
 
 
+def test_a_closure_that_translates_errors_is_told_once(found: dict[str, Both]) -> None:
+    (here, state), (there, other) = both(found, "translated")
+    assert same_bits(state, other)
+    for wrong, right in (here, there):
+        assert wrong["stayed"] and wrong["raised"] == "ValueError: translated"
+        assert right["raised"] == "" and right["status"] == "accepted"
+
+
 def test_a_fallback_on_one_rank_is_a_fallback_on_all(found: dict[str, Both]) -> None:
     first, second = both(found, "fallback")
     assert first["backend"] == second["backend"] == "graph"
