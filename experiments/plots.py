@@ -114,6 +114,9 @@ def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     """
     if not ends:
         return
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]  # a name may lie on another's line
     left, right = axis.get_xlim()
     axis.set_xlim(left, right * (right / left) ** 0.22)
     low, high = (math.log(limit) for limit in axis.get_ylim())
@@ -134,6 +137,7 @@ def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
             fontsize=10,
             fontweight="bold",
             color=colour,
+            path_effects=halo,
         )
 
 

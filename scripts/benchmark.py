@@ -7,6 +7,7 @@ python scripts/benchmark.py optimizers --tune --trials 4 --problems digits
 python scripts/benchmark.py optimizers --problems digits poisson --optimizers hessfree adam --seeds 0 1 --out runs/mine
 python scripts/benchmark.py ablation --problems 8gaussians-stable
 python scripts/benchmark.py replay --problems digits --seeds 0
+python scripts/benchmark.py floor --problems 8gaussians moons
 python scripts/benchmark.py products --models toy784 conv --out runs/mine
 python scripts/benchmark.py matmul-vjp --quick --out runs/mine
 """
@@ -20,6 +21,8 @@ from typing import Any
 try:
     from experiments.benchmark import suite
     from experiments.benchmark.ablation import PROBLEMS
+    from experiments.benchmark.averaging import FloorJob
+    from experiments.benchmark.averaging import run as run_floor
     from experiments.benchmark.job import Job, run_ablation, run_optimizers
     from experiments.benchmark.products.implementations import IMPLEMENTATIONS
     from experiments.benchmark.products.job import ProductsJob
@@ -41,6 +44,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "ablation": (Job, run_ablation),
     "products": (ProductsJob, run_products),
     "replay": (ReplayJob, run_replay),
+    "floor": (FloorJob, run_floor),
     **{name: (functools.partial(StudyJob, study=name), run_study) for name in STUDIES},
 }
 
@@ -111,6 +115,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         one = commands.add_parser(name, parents=[every], allow_abbrev=False, help=study.question)
         one.add_argument("--parts", nargs="+", metavar="NAME", help=f"{', '.join(study.parts)} [all]; others are kept")
         one.add_argument("--memory-gb", type=float, metavar="GB", help="what one form may need [half of what is free]")
+    floor = commands.add_parser(
+        "floor", allow_abbrev=False, help="the statistical floor beside what averaging Adam's iterates comes to"
+    )
+    usual = FloorJob()
+    floor.add_argument("--problems", nargs="+", default=usual.problems, metavar="NAME", help="[8gaussians]")
+    floor.add_argument("--seeds", nargs="+", type=int, default=usual.seeds, metavar="N", help="[0]")
+    floor.add_argument("--steps", type=int, default=usual.steps, metavar="N", help="of Adam [%(default)d]")
+    floor.add_argument("--threads", type=int, default=usual.threads, metavar="N", help="of torch [%(default)d]")
     replay = commands.add_parser(
         "replay", allow_abbrev=False, help="the runs of `optimizers` again: are their losses the same to the last bit?"
     )
