@@ -14,6 +14,7 @@ from experiments.results import score_name
 
 _POINTS = 100  # of a median curve
 _FLOOR = "#444444"
+_NAMES_A_LINE = 6  # of a legend
 _AXES = ("seconds", "samples")
 
 Curve = list[tuple[float, float]]  # (seconds or samples, score), ascending and positive
@@ -175,7 +176,7 @@ def write_summary(path: Path, rows: Sequence[Row]) -> Path:
     final.set_yticks(range(len(problems)), problems)
     final.invert_yaxis()
     handles, names = final.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=max(1, len(names)), frameon=False)
+    figure.legend(handles, names, loc="outside upper left", ncols=min(_NAMES_A_LINE, max(1, len(names))), frameon=False)
     figure.savefig(path)
     return path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import ablation, figures, report, store, suite, trials, tuning
-from experiments.benchmark.measure import Row, Work, perform_all
+from experiments.benchmark.measure import Row, Work, perform_all, recorded
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
 from experiments.problems import Problem, make, parameters_of
 
@@ -234,12 +234,16 @@ def _works(job: Job, problem: Problem, settings: dict[str, Any], seconds: float,
 
 
 def _measure(job: Job, works: Sequence[Work], out: Path, device: str) -> list[Row]:
-    """Make the runs one at a time, and save after each."""
+    """Make the runs that are not there yet one at a time, and save after each: who is stopped goes on from there."""
     path = out / "results.json"
     environment: dict[str, Any] = describe(choose_device(device)) | {"threads": job.threads, "cores": os.cpu_count()}
     rows = [] if job.fresh else store.load(path, environment, {work.problem: work.budget_seconds for work in works})
-    _say(f"{len(works)} runs, {sum(work.budget_seconds for work in works):.0f} s of training, {job.threads} threads")
-    for row in perform_all(works, min(job.jobs, 1), alone=not job.quick):
+    there = {(row["problem"], row["optimizer"], row["seed"]): row["settings"] for row in rows}
+    left = [work for work in works if there.get((work.problem, work.optimizer, work.seed)) != recorded(work.settings)]
+    if len(left) < len(works):
+        _say(f"{len(works) - len(left)} runs of an earlier sitting stay as they are; --fresh makes all anew")
+    _say(f"{len(left)} runs, {sum(work.budget_seconds for work in left):.0f} s of training, {job.threads} threads")
+    for row in perform_all(left, min(job.jobs, 1), alone=not job.quick):
         rows = store.merge(rows, [row])
         store.save(path, environment, rows)
         final = "diverged" if row["final"] is None else f"{row['final']:.4g} after {row['steps']} steps"

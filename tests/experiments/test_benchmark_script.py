@@ -67,6 +67,19 @@ def test_fresh_leaves_out_what_was(main: Main, tmp_path: Path) -> None:
     assert [row["problem"] for row in rows] == ["8gaussians"]
 
 
+def test_who_was_stopped_goes_on(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["optimizers", *TINY, "--jobs", "0", "--out", str(tmp_path), "--problems", "conv", "--seeds", "0"]
+    assert main([*arguments, "--optimizers", "adam"]) == 0
+    path = tmp_path / "results.json"
+    first = json.loads(path.read_text())["rows"][0]
+    capsys.readouterr()
+    assert main([*arguments, "--optimizers", "adam", "sgd"]) == 0
+    output = capsys.readouterr().out
+    assert "1 runs of an earlier sitting stay as they are" in output and "conv: adam, seed 0" not in output
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[0] == first and [row["optimizer"] for row in rows] == ["adam", "sgd"]
+
+
 def test_a_run_in_a_process_of_its_own(main: Main, tmp_path: Path) -> None:
     arguments = ["--problems", "moons", "--optimizers", "hessfree", "--seeds", "1", "--out", str(tmp_path)]
     assert main(["optimizers", *TINY, *arguments]) == 0
