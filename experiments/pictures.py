@@ -207,7 +207,7 @@ def write_samples(
         what = "field v(x, t) at t = 0.5" if view.flat else "where the field points"
         _title(axes[1, column], "", what, colour)
     if arrows is not None:
-        bar = figure.colorbar(arrows, ax=axes[1, :].tolist(), shrink=0.75, aspect=22, pad=0.015)
+        bar = figure.colorbar(arrows, ax=axes[1, :].tolist(), shrink=0.75, aspect=22, pad=0.015, extend="max")
         bar.set_label("speed", color=INK)
         bar.outline.set_visible(False)
     figure.savefig(path)

@@ -175,7 +175,7 @@ def layout(score: str) -> dict[str, dict[str, list[Any]]]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
     comparison = {}
-    for loss, words in ((score, f"{score} loss"), ("train", "training loss")):
+    for loss, words in ((score, f"{score.replace('_', ' ')} loss"), ("train", "training loss")):
         comparison[f"{words} by milliseconds of training"] = chart(f"loss/{loss}_vs_ms")
         comparison[f"{words} by training samples"] = chart(f"loss/{loss}_vs_samples")
         comparison[f"{words} by step"] = chart(f"loss/{loss}")

@@ -57,7 +57,7 @@ def test_flags_win(tmp_path: Path) -> None:
         ("dta = 1", "unknown key 'dta'; did you mean 'data'"),
         ("colour = 1", "unknown key 'colour'; the keys are: .*sigma"),
         ("set = ['adam.lr=1']", "unknown key 'set'"),
-        ("[sgd]\nlr = 1", "unknown key 'sgd'"),
+        ("[sundial]\nlr = 1", "unknown key 'sundial'"),
         ("data = ['moons']", r"data = \['moons'\]; give one number or one text"),
         ("optimizers = []", "optimizers = .*; give a list of words"),
         ("lightning = 1", "lightning = 1; give true or false"),

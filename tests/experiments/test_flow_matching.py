@@ -69,3 +69,27 @@ def test_evaluation_is_the_same_every_time() -> None:
     first, second = (Evaluation.of(data.load("digits"), n=300) for _ in range(2))
     assert first.holdout_loss(field) == second.holdout_loss(field)
     assert first.excess_loss(field) == second.excess_loss(field)
+
+
+def test_excess_against_a_million_samples() -> None:
+    """The fixed points against fresh ones, and against E(v - u)² - E(u - E[u | x_t, t])², which is the same number."""
+    dataset, n = data.load("8gaussians"), 1_000_000
+
+    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        # as far from the exact field as a trained network is, in a way that is no function of it
+        return dataset.conditional_expectation(x, t) + 0.1 * torch.sin(2 * x.flip(1)) * (0.5 + t)
+
+    generator = torch.Generator().manual_seed(99)
+    direct, indirect = [], []
+    for _ in range(10):
+        rows = sample_batch(dataset, n // 10, generator)
+        exact = dataset.conditional_expectation(rows.x_t, rows.t)
+        v = exact + 0.1 * torch.sin(2 * rows.x_t.flip(1)) * (0.5 + rows.t)
+        direct.append((v - exact).square().mean(1).double())
+        indirect.append(((v - rows.u).square() - (rows.u - exact).square()).mean(1).double())
+    metric = Evaluation.of(dataset).excess_loss(field)
+    fresh, difference = torch.cat(direct), torch.cat(direct) - torch.cat(indirect)
+    error = (fresh.std() / 16384**0.5 + fresh.std() / n**0.5).item()
+    assert abs(metric - fresh.mean().item()) < 3 * error < 0.05 * metric
+    assert difference.mean().abs() < 4 * difference.std() / n**0.5
+    assert 4 * difference.std() / n**0.5 < 0.3 * metric

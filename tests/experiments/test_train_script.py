@@ -29,7 +29,7 @@ def test_the_default_job(main: Main, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "learning rates on seed 1000: 0.001:" in output
     assert output.rstrip().endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content["data"] == "8gaussians"
+    assert content["data"] == "8gaussians-w16"
     assert [run["optimizer"] for run in content["runs"]] == ["hessfree", "dense-fisher", "adam"]
     for run in content["runs"]:
         lengths = {len(run[name]) for name in ("seconds", "samples", "train_loss", "excess_loss")}
@@ -68,7 +68,7 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
     [
         (["--data", "spirals"], ["'spirals'", "8gaussians, moons, checkerboard, digits"]),
         (["--dim", "64"], ["--dim 64", "8gaussians"]),
-        (["--optimizers", "sgd"], ["'sgd'", "hessfree, dense-fisher, adam"]),
+        (["--optimizers", "sundial"], ["'sundial'", "hessfree, dense-fisher, "]),
         (["--budget-seconds", "-1"], ["-1", "positive"]),
         (["--budget-seconds", "nan"], ["nan", "positive"]),
         (["--budget-seconds", "inf"], ["inf", "positive"]),
