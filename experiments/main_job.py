@@ -186,6 +186,8 @@ def run_job(job: Job) -> list[Run]:
     runs = _supervised(job, problem, contenders, budget, checkpoint, log, trainer)
     loop = LIGHTNING if job.lightning else PLAIN
     write_outcome(out, problem, runs, view=view, sampler=sampler, loop=loop, say=_say)
+    # The page smooths by default, which drags few points behind themselves; the address switches that off.
+    _say("in TensorBoard: http://localhost:6006/?smoothing=0#custom_scalars&_smoothingWeight=0")
     _say(f"tensorboard --logdir {out / 'tensorboard'}")
     return runs
 

@@ -106,13 +106,13 @@ class TensorBoardLog:
             model: The network, for pictures.
         """
         writer, wall = self._writers[optimizer], self._now + point.seconds
-        for tag, value in _losses(point).items():
+        for tag, value in _losses(point, self._score).items():
             writer.add_scalar(tag, value, point.step, walltime=wall)
             writer.add_scalar(f"{tag}_vs_samples", value, point.samples, walltime=wall)
         shown, milliseconds = point, 1000 * point.seconds
         if point.seconds > self._budget.seconds:
             shown, milliseconds = self._previous.get(optimizer, point), 1000 * self._budget.seconds
-        for tag, value in _losses(shown).items():
+        for tag, value in _losses(shown, self._score).items():
             writer.add_scalar(f"{tag}_vs_ms", value, round(milliseconds), walltime=wall)
         for tag, value in point.internals.items():
             if math.isfinite(value):  # NaN means "not needed at this step"; among losses, divergence, which is shown
@@ -149,8 +149,11 @@ def short(name: str) -> str:
     return name.removesuffix("_loss")
 
 
-def _losses(point: Point) -> dict[str, float]:
-    return {"loss/train": point.train_loss, **{f"loss/{short(name)}": value for name, value in point.losses.items()}}
+def _losses(point: Point, score: str) -> dict[str, float]:
+    """All losses by tag; that of the comparison once more as a logarithm, which linear axes show to its end."""
+    losses = {"loss/train": point.train_loss, **{f"loss/{short(name)}": value for name, value in point.losses.items()}}
+    compared = point.losses[score]
+    return losses | ({f"loss/log10_{short(score)}": math.log10(compared)} if 0 < compared < math.inf else {})
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -175,7 +178,8 @@ def layout(score: str) -> dict[str, dict[str, list[Any]]]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
     comparison = {}
-    for loss, words in ((score, f"{score.replace('_', ' ')} loss"), ("train", "training loss")):
+    named = f"{score.replace('_', ' ')} loss"
+    for loss, words in ((f"log10_{score}", f"log10 of {named}"), (score, named), ("train", "training loss")):
         comparison[f"{words} by milliseconds of training"] = chart(f"loss/{loss}_vs_ms")
         comparison[f"{words} by training samples"] = chart(f"loss/{loss}_vs_samples")
         comparison[f"{words} by step"] = chart(f"loss/{loss}")

@@ -57,7 +57,11 @@ def scalars(events: Any, tag: str) -> list[Any]:
 
 def test_equal_tags_by_step_time_and_samples(events: dict[str, Any]) -> None:
     tags = {name: set(one.Tags()["scalars"]) for name, one in events.items()}
-    losses = {f"loss/{loss}{by}" for loss in ("train", "excess", "holdout") for by in ("", "_vs_ms", "_vs_samples")}
+    losses = {
+        f"loss/{loss}{by}"
+        for loss in ("train", "excess", "log10_excess", "holdout")
+        for by in ("", "_vs_ms", "_vs_samples")
+    }
     assert tags["adam"] == losses and tags["hessfree"] == losses | {"optimizer/damping"}
     for name, points in POINTS.items():
         by_step = scalars(events[name], "loss/excess")
@@ -67,6 +71,7 @@ def test_equal_tags_by_step_time_and_samples(events: dict[str, Any]) -> None:
         assert [one.wall_time for one in by_step] == [1000 + p.seconds for p in points]
         assert [one.step for one in scalars(events[name], "loss/train_vs_samples")] == [p.samples for p in points]
     assert [one.step for one in scalars(events["adam"], "loss/excess_vs_ms")] == [100, 2000]
+    assert scalars(events["adam"], "loss/log10_excess")[-1].value == pytest.approx(math.log10(0.4))
 
 
 def test_a_slow_step_does_not_stretch_the_axis(events: dict[str, Any]) -> None:
@@ -109,7 +114,7 @@ def test_settings_and_layout_are_in_the_runs(events: dict[str, Any]) -> None:
     [tensor] = events["hessfree"].Tensors("custom_scalars__config__")
     page = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
     assert [category.title for category in page.category] == ["Comparison", "Inside the optimizer"]
-    assert page.category[0].chart[0].multiline.tag == ["^loss/excess_vs_ms$"]
+    assert page.category[0].chart[0].multiline.tag == ["^loss/log10_excess_vs_ms$"]
 
 
 def test_the_layout_names_what_a_report_has() -> None:
