@@ -157,8 +157,9 @@ def _losses(point: Point, score: str) -> dict[str, float]:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Settings as the plugin takes them."""
+    """Settings as the plugin takes them: what is None has no number, and a word would spoil the column's type."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.repr}
+    values = {name: value for name, value in values.items() if value is not None}
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in values.items()
     }
