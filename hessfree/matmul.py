@@ -91,12 +91,12 @@ class _Gram(Function):
     def backward(ctx: Any, b: Tensor) -> Tensor:
         (a,) = ctx.saved_tensors
         b = b.to(a.dtype)  # lower under autocast
-        return matmul(a.conj(), b + b.mT)
+        return a.conj() @ (b + b.mT)
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor) -> Tensor:
         (a,) = ctx.saved_tensors
-        s = matmul(a.mT, da)
+        s = a.mT @ da
         return s + s.mT
 
     @staticmethod
@@ -132,7 +132,7 @@ class _Matmul(Function):
     @staticmethod
     def jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor | None:
         a, b = ctx.saved_tensors
-        parts = ([] if da is None else [matmul(da, b)]) + ([] if db is None else [matmul(a, db)])
+        parts = ([] if da is None else [da @ b]) + ([] if db is None else [a @ db])
         return sum(parts[1:], start=parts[0]) if parts else None
 
     @staticmethod
@@ -158,5 +158,5 @@ def _summed(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """
     if like.shape[:-2].numel() == 1 and left.shape[:-2] == right.shape[:-2]:
         rows, inner = left.shape[-2], left.shape[:-2].numel() * left.shape[-1]
-        return matmul(left.mT.reshape(inner, rows).mT, right.reshape(inner, right.shape[-1])).reshape(like.shape)
-    return matmul(left, right).sum_to_size(like.shape)
+        return (left.mT.reshape(inner, rows).mT @ right.reshape(inner, right.shape[-1])).reshape(like.shape)
+    return (left @ right).sum_to_size(like.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfree.linearization import Linearization
 from hessfree.losses import Form
+from hessfree.matmul import gram, matmul
 from hessfree.operators.base import LinearOperator
 from hessfree.operators.rows import at_once, unit_rows
 
@@ -100,7 +101,10 @@ class ProductRoot(Root):
         Returns:
             The matrix, all of it.
         """
-        return self.times(self, weights)
+        if self.count > at_once(self.size):
+            return self.times(self, weights)
+        rows = torch.cat(list(self.rows()))
+        return matmul(rows * weights, rows.mT) if isinstance(weights, Tensor) else gram(rows.mT) * weights
 
     def times(self, other: ProductRoot, weights: float | Tensor = 1.0) -> Tensor:
         """Return U diag(w) Vᵀ `[Z1, Z2]` for another root V of the same parameters.

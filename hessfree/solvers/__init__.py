@@ -18,5 +18,6 @@ __all__ = [
     "RootGradientNorm",
     "Solution",
     "Solver",
-    "Status", "OnShards",
+    "Status",
+    "OnShards",
 ]
