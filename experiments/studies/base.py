@@ -14,6 +14,7 @@ from experiments.benchmark.memory import peak_bytes
 from experiments.studies.room import in_words
 from experiments.timing import few_objects, quartiles, rotated, seconds, without_collector
 
+_PATIENCE = 10.0  # seconds; a form whose first call took longer is not called again
 Row = dict[str, Any]  # plain numbers and strings, as results.json has it
 Answer = Tensor | Sequence[Tensor]
 
@@ -29,7 +30,7 @@ class Effort:
     Attributes:
         rounds: Turns of each form.
         turn_seconds: A turn repeats the call until it took this long.
-        seconds: No further turn for a form that has used this much; one whose first call took it is not called again.
+        seconds: No further turn, after the first one, for a form that has used this much.
     """
 
     rounds: int = 9
@@ -62,6 +63,11 @@ class Form:
     name: str
     prepare: Callable[[], Callable[[], Answer]]
     needed: int = 0
+
+    @classmethod
+    def of(cls, name: str, call: Callable[[], Answer], needed: int = 0) -> "Form":
+        """Return a form that has nothing to prepare."""
+        return cls(name, lambda: call, needed)
 
 
 @dataclass
@@ -115,6 +121,7 @@ class Scope:
         *,
         unit: str | None = None,
         bound: float = 1e-3,
+        compared: Callable[[Answer], Answer] = lambda answer: answer,
     ) -> list[Row]:
         """Measure forms of one computation, in turns.
 
@@ -124,6 +131,7 @@ class Scope:
             truth: Computes it in float64, on the CPU; None: no errors are measured.
             unit: Name of the form over whose median the others' medians are given as `ratio`.
             bound: What no relative error may exceed; an error that has to be shown needs its own key in a row.
+            compared: Takes from a form's answer what `truth` gives, where all of it would not fit twice in float64.
 
         Returns:
             A row a form: `form`, `device`, `median_ms`, `quartiles_ms`, `calls`, `first_ms`, `ratio`, `error` (largest
@@ -137,12 +145,15 @@ class Scope:
         entries: list[_Entry] = []
         missing: dict[str, str] = {}
         for form in forms:
-            begun = self._begin(form, exact, bound, labels)
+            begun = self._begin(form, lambda answer: None if exact is None else relative_error(compared(answer), exact))
             if isinstance(begun, str):
                 missing[form.name] = begun
-            else:
-                entries.append(begun)
-        del exact
+                continue
+            if begun.error is not None and not begun.error <= bound:
+                raise ArithmeticError(
+                    f"{form.name} at {labels} is wrong: relative error {begun.error:.2g}, at most {bound:g}"
+                )
+            entries.append(begun)
         self._time(entries)
         named = {entry.form.name: entry for entry in entries}
         base = statistics.median(named[unit].times) if unit in named else math.nan
@@ -155,7 +166,7 @@ class Scope:
         self._announce(labels, rows)
         return rows
 
-    def _begin(self, form: Form, exact: Answer | None, bound: float, labels: Row) -> _Entry | str:
+    def _begin(self, form: Form, error_of: Callable[[Answer], float | None]) -> _Entry | str:
         """Make the first call, or say why there is none."""
         if form.needed > self.room:
             return f"does not fit: {in_words(form.needed)} needed, {in_words(self.room)} allowed"
@@ -169,20 +180,17 @@ class Scope:
             if isinstance(failure, torch.OutOfMemoryError) or "can't allocate memory" in str(failure):
                 return "does not fit: out of memory"
             raise
-        error = None if exact is None else relative_error(found[0], exact)
-        if error is not None and not error <= bound:
-            raise ArithmeticError(f"{form.name} at {labels} is wrong: relative error {error:.2g}, at most {bound:g}")
-        return _Entry(form, call, first, error)
+        return _Entry(form, call, first, error_of(found[0]))
 
     def _time(self, entries: Sequence[_Entry]) -> None:
         effort = self.effort
         for entry in entries:
-            if entry.first >= effort.seconds:
+            if entry.first >= _PATIENCE:  # what such a call warms up is a small part of it
                 entry.times, entry.spent = [entry.first], entry.first
         with few_objects():
             for index in range(effort.rounds if entries else 0):
                 for entry in rotated(entries, index):
-                    if entry.spent >= effort.seconds:
+                    if entry.spent >= effort.seconds and entry.times:
                         continue
                     with without_collector():
                         taken = [seconds(entry.call, self.device)]
@@ -193,7 +201,7 @@ class Scope:
 
     def _found(self, entry: _Entry, base: float) -> Row:
         median = statistics.median(entry.times)
-        counts = self.device.type in {"cpu", "cuda"} and entry.first < 4 * self.effort.seconds
+        counts = self.device.type in {"cpu", "cuda"} and entry.first < _PATIENCE
         return {
             "median_ms": 1e3 * median,
             "quartiles_ms": [1e3 * one for one in quartiles(entry.times)],

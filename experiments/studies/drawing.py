@@ -90,7 +90,8 @@ def bars(
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     if known and axis.get_xscale() == "linear":
-        axis.set_xlim(0, 1.25 * max(known))
+        ends = known + [max(span) for span in spans if span is not None]
+        axis.set_xlim(0, 1.25 * max(ends))
 
 
 def loglog(axis: Any, x: str, y: str) -> None:
