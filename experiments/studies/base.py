@@ -58,16 +58,18 @@ class Form:
         name: Of the way, the same at every size.
         prepare: Does what is off the clock and returns the call that is on it, which returns the answer.
         needed: Bytes that it holds at least, where that may be too much; 0: certainly fits.
+        counts_memory: Whether the peak of a call is measured; counting thousands of small operations takes minutes.
     """
 
     name: str
     prepare: Callable[[], Callable[[], Answer]]
     needed: int = 0
+    counts_memory: bool = True
 
     @classmethod
-    def of(cls, name: str, call: Callable[[], Answer], needed: int = 0) -> "Form":
+    def of(cls, name: str, call: Callable[[], Answer], needed: int = 0, counts_memory: bool = True) -> "Form":
         """Return a form that has nothing to prepare."""
-        return cls(name, lambda: call, needed)
+        return cls(name, lambda: call, needed, counts_memory)
 
 
 @dataclass
@@ -201,7 +203,7 @@ class Scope:
 
     def _found(self, entry: _Entry, base: float) -> Row:
         median = statistics.median(entry.times)
-        counts = self.device.type in {"cpu", "cuda"} and entry.first < _PATIENCE
+        counts = entry.form.counts_memory and self.device.type in {"cpu", "cuda"} and entry.first < _PATIENCE
         return {
             "median_ms": 1e3 * median,
             "quartiles_ms": [1e3 * one for one in quartiles(entry.times)],
