@@ -21,7 +21,7 @@ from hessfree.optimizer import HessianFree
 from hessfree.preconditioners import KFAC, EmpiricalFisherDiagonal, Identity, InputMoments, Jacobi, Nystrom, Woodbury
 from hessfree.recording import is_replaying, mark_outputs
 from hessfree.report import StepReport
-from hessfree.solvers import CG, DenseCholesky, EisenstatWalker, GramCholesky, RootGradientNorm
+from hessfree.solvers import CG, AutoSolver, DenseCholesky, EisenstatWalker, GramCholesky, RootGradientNorm
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "CG",
     "KFAC",
     "Armijo",
+    "AutoSolver",
     "ConstantDamping",
     "DenseCholesky",
     "EisenstatWalker",

@@ -20,8 +20,14 @@ answer against the truth, and reports a form that needs more bytes than there is
 saves results.json (`rows`, `max_error`, `environment`), table.md and NAME.png, and saves the rows after every part.
 """
 
-from experiments.studies import flow_likelihood, input_jacobian, matmul_vjp
+from experiments.studies import contraction_order, fisher_product, flow_likelihood, input_jacobian, matmul_vjp
 from experiments.studies.base import Study
 
-_ALL: tuple[Study, ...] = (matmul_vjp.STUDY, input_jacobian.STUDY, flow_likelihood.STUDY)
+_ALL: tuple[Study, ...] = (
+    matmul_vjp.STUDY,
+    input_jacobian.STUDY,
+    fisher_product.STUDY,
+    contraction_order.STUDY,
+    flow_likelihood.STUDY,
+)
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

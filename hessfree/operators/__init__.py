@@ -11,6 +11,7 @@ from hessfree.operators.hessian import Hessian
 from hessfree.operators.jacobian_gram import JacobianGram
 from hessfree.operators.root import ProductRoot, Root
 from hessfree.operators.sharded import Sharded
+from hessfree.operators.work import Work
 
 __all__ = [
     "Averaged",
@@ -27,4 +28,5 @@ __all__ = [
     "Root",
     "Sharded",
     "SymmetricOperator",
+    "Work",
 ]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from hessfree.linearization import call_model
 from hessfree.operators.scipy_view import scipy_view
+from hessfree.operators.work import Work
 from hessfree.recording import CallTree, Cut, Owners, Trace, find_cut, make_cut, trace_loss
+from hessfree.rows import Counts
 from hessfree.vectors import ParameterVector
 
 if TYPE_CHECKING:
@@ -186,6 +188,10 @@ class SymmetricOperator(LinearOperator):
         """Tell whether all numbers of one of the operator's vectors are finite."""
         return bool(torch.isfinite(vector).all())
 
+    def work(self) -> Work:
+        """Return what the forms of the matrix take; of an operator that knows its products only, P and no more."""
+        return Work(self.size, 0, 1, Counts(self.size, 0, 1, (), self.size, True), rooted=False, graph=False)
+
     def low_rank(self) -> LowRank:
         """Return the matrix as UᵀU + diag(d), for solvers that work in the space of the rows of U.
 
@@ -243,6 +249,9 @@ class _Scaled(SymmetricOperator):
         if self._factor < 0:
             return super().low_rank()
         return LowRank(root.scaled(self._factor**0.5), self._factor * diagonal)
+
+    def work(self) -> Work:
+        return self._operator.work()
 
     def to_dense(self) -> Tensor:
         return self._factor * self._operator.to_dense()

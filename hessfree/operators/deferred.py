@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hessfree.operators.base import LowRank, SymmetricOperator
+from hessfree.operators.work import Work
 from hessfree.vectors import FlatSpace
 
 
@@ -34,6 +35,10 @@ class Deferred(SymmetricOperator):
     def to_dense(self) -> Tensor:
         """Return the matrix `[P, P]`, as the operator itself forms it."""
         return self._build().to_dense()
+
+    def work(self) -> Work:
+        """Return what the forms take, as the operator itself counts it."""
+        return self._build().work()
 
     def low_rank(self) -> LowRank:
         """Return UᵀU + diag(d), as the operator itself knows it."""

@@ -112,6 +112,20 @@ class FactoredRoot(Root):
         self._add(out, self, weights, True)
         return out
 
+    def normal_matrix(self) -> Tensor:
+        """Return UᵀU `[P, P]`, of a root whose rows are all whole, and exactly symmetric."""
+        assert not self.rows.factors
+        out = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
+        slices = {i: self.parameters.slice_of(self.parameters.params[i]) for i in self.rows.whole}
+        for i, left in self.rows.whole.items():
+            for j, right in self.rows.whole.items():
+                if j <= i:
+                    block = left.T @ right
+                    out[slices[i], slices[j]] = 0.5 * (block + block.T) if i == j else block
+                    if j < i:
+                        out[slices[j], slices[i]] = block.T
+        return out
+
     def times(self, other: FactoredRoot) -> Tensor | None:
         """Return U Vᵀ `[R1, R2]` for another root V of the same parameters.
 

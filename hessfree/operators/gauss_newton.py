@@ -21,8 +21,9 @@ from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.factored_root import FactoredRoot
 from hessfree.operators.root import ProductRoot
 from hessfree.operators.rows import unit_rows
+from hessfree.operators.work import Work
 from hessfree.recording import Output, Tail
-from hessfree.rows import OutputGraph
+from hessfree.rows import Counts, OutputGraph, counts_of
 from hessfree.vectors import ParameterVector
 
 
@@ -180,21 +181,24 @@ class GaussNewton(SymmetricOperator):
         return z @ torch.stack([hessian.matvec(row) for row in z]).T
 
     def to_dense(self) -> Tensor:
-        """Return G `[P, P]`, formed from rows of J by one vectorised backward pass a chunk.
+        """Return G `[P, P]`, formed from rows of J: by one backward pass for an output of all samples where they fit.
 
         Returns:
             The exactly symmetric matrix.
         """
         if self._direct is not None:
             return super().to_dense()
-        dense = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         form = None if self.output_hessian is None else self.output_hessian.form
-        if self.output_hessian is None or form is not None:
+        if self.output_hessian is None or (form is not None and form.negative == 0):
+            held = self.held_root(form, factor=False)  # a pass an output of a sample, in the place of a product a row
+            if held is not None:
+                return held.normal_matrix()
+            dense = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
             for rows in self._root_rows():
                 dense.addmm_(rows.T, rows)
-            if form is None or form.negative == 0:
-                return 0.5 * (dense + dense.T)
-            dense.zero_()  # H is indefinite, and a root cannot carry the sign
+            return 0.5 * (dense + dense.T)
+        # H is indefinite, and a root cannot carry the sign; or it has no form
+        dense = torch.zeros(self.size, self.size, dtype=self.dtype, device=self.device)
         jacobian = torch.cat(list(self._rows()))
         for i in range(0, self.size, 512):
             columns = jacobian[:, i : i + 512]
@@ -264,6 +268,22 @@ class GaussNewton(SymmetricOperator):
         diagonal = 0.0 if self._direct is None else self._direct_diagonal(self._direct)
         form = self._output_form("a Gram matrix")
         return LowRank(self.held_root(form) or ProductRoot(self.linearization, self.size, form), diagonal)
+
+    def work(self) -> Work:
+        """Return what a product, the Gram matrix and the dense matrix take, counted from shapes."""
+        try:
+            self._output_form("a Gram matrix")
+            rooted = self._direct is None or self._direct_diagonal(self._direct) is not None
+        except ValueError:
+            rooted = False
+        space, outputs = self.linearization.space, self._network()
+        counts = {shape[0] if shape else 0 for shape in space.shapes}
+        samples = counts.pop() if len(counts) == 1 and 0 not in counts else 1
+        if outputs is None:
+            unknown = Counts(samples * self.size, 0, 1, (), self.size, True)
+            return Work(self.size, space.size, samples, unknown, rooted, False)
+        found = counts_of(OutputGraph(self.parameters, outputs, space), samples)
+        return Work(self.size, space.size, samples, found, rooted, True)
 
     def held_root(self, form: Form | None, factor: bool = True) -> FactoredRoot | None:
         """Return BᵀJ held, as factors at Linear layers and whole elsewhere.

@@ -40,9 +40,9 @@ def add_gram(
                 strip.addmm_(left[first:last], right[:end].T)
                 continue
             a, b = inner
-            second = a[first - start : last - start] @ b[:end].T
+            outer, second = left[first:last] @ right[:end].T, a[first - start : last - start] @ b[:end].T
             if bias:
                 second += bias
-            if len(b) < end:
-                second = second.repeat(1, -(-end // len(b)))[:, :end]
-            strip.addcmul_(left[first:last] @ right[:end].T, second)
+            for here in range(0, end, len(b)):
+                there = min(here + len(b), end)
+                strip[:, here:there].addcmul_(outer[:, here:there], second[:, : there - here])

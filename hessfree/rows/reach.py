@@ -29,6 +29,9 @@ class Uses:
     """The autograd graph of some outputs, turned round: from each node to those that take what it gives.
 
     It is read once, in time proportional to the graph.
+
+    Attributes:
+        nodes: All nodes of the graph.
     """
 
     def __init__(self, outputs: Sequence[Output]) -> None:
@@ -40,7 +43,7 @@ class Uses:
         self._ends = {(o.edge.node, o.edge.output_nr) for o in outputs}
         self._by_node: dict[Node, list[Use]] = {}
         stack = [node for node, _ in self._ends]
-        seen = set(stack)
+        self.nodes = seen = set(stack)
         while stack:
             node = stack.pop()
             for argument, (source, number) in enumerate(node.next_functions):
