@@ -20,13 +20,21 @@ answer against the truth, and reports a form that needs more bytes than there is
 saves results.json (`rows`, `max_error`, `environment`), table.md and NAME.png, and saves the rows after every part.
 """
 
-from experiments.studies import contraction_order, fisher_product, flow_likelihood, input_jacobian, matmul_vjp
+from experiments.studies import (
+    contraction_order,
+    fisher_product,
+    flow_likelihood,
+    input_jacobian,
+    jacobian_gram,
+    matmul_vjp,
+)
 from experiments.studies.base import Study
 
 _ALL: tuple[Study, ...] = (
     matmul_vjp.STUDY,
     input_jacobian.STUDY,
     fisher_product.STUDY,
+    jacobian_gram.STUDY,
     contraction_order.STUDY,
     flow_likelihood.STUDY,
 )
