@@ -113,7 +113,7 @@ class _Problem:
         twin = copy.copy(self)
         twin.model, twin.x = copy.deepcopy(self.model).cpu().double(), self.x.cpu().double()
         twin.named = {name: p.detach() for name, p in twin.model.named_parameters()}
-        return twin.anew(self.vectors[-1].cpu().double())
+        return _warm(lambda: twin.anew(self.vectors[-1].cpu().double()), False)()()
 
     def forms(self) -> list[Form]:
         def dense(form: Callable[[], Tensor]) -> Tensor:
@@ -147,7 +147,7 @@ def _warm(call: Callable[[], Tensor], once: bool) -> Callable[[], Callable[[], T
 
     def quiet() -> Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch.func.linearize speaks of its own constants
+            warnings.simplefilter("ignore")  # torch.func speaks of torch.jit, and linearize of its own constants
             return call()
 
     def prepare() -> Callable[[], Tensor]:
