@@ -18,6 +18,7 @@ v only if J is symmetric, which the Jacobian of a network is not. A comparison o
 of J v with J v of another draw of the weights or of the inputs, even where both are right.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -139,7 +140,9 @@ def _false(scope: Scope) -> Iterator[Row]:
         jacobian, vector = _chain_rule(net, x, t), v.cpu().double()
         return torch.einsum("bij,bj->bi", jacobian, vector), torch.einsum("bij,bi->bj", jacobian, vector)
 
-    forward = jvp(lambda x: net(x, t), (x,), (v,))[1]
+    with warnings.catch_warnings():  # a process's first jvp scripts some decompositions, which is deprecated
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        forward = jvp(lambda x: net(x, t), (x,), (v,))[1]
     leaf = x.clone().requires_grad_()
     reverse = torch.autograd.grad(net(leaf, t), leaf, v)[0]
     jv, pulled = dense(net, x, t)
