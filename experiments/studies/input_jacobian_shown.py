@@ -111,7 +111,8 @@ def _draw_comparison(axis: Any, rows: Sequence[Row]) -> None:
         limit = 1.1 * max(abs(one) for one in [*jv, *pulled])
         axis.plot([-limit, limit], [-limit, limit], color=drawing.OURS, linewidth=2)
         axis.plot(jv, pulled, "o", color=drawing.SECOND, markersize=3.5, alpha=0.6)
-        style = {"textcoords": "axes fraction", "fontsize": 10, "fontweight": "bold"}
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.5}
+        style = {"textcoords": "axes fraction", "fontsize": 10, "fontweight": "bold", "bbox": behind}
         axis.annotate("Jv, dense: on the line", (0, 0), xytext=(0.03, 0.93), color=drawing.OURS, **style)
         axis.annotate("Jᵀv, by grad_outputs=v", (0, 0), xytext=(0.03, 0.86), color=drawing.SECOND, **style)
         axis.set_xlim(-limit, limit)
