@@ -24,7 +24,9 @@ kernel, K(x*, x)(K(x, x) + σ²I)⁻¹y, against a mean, a linear fit and a radi
 on the test points themselves; it is what wide networks converge to under gradient descent (Jacot et al. 2018).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,36 +50,53 @@ _STYLES = {
 }
 
 
+class _Note:
+    """f(x) = √(Mx/N) at two points."""
+
+    def __init__(self, scope: Scope, size: int) -> None:
+        generator = scope.generator()
+        self.matrix = torch.rand(5, size, generator=generator).to(scope.device)
+        self.x1, self.x2 = (torch.rand(size, generator=generator).to(scope.device) for _ in range(2))
+
+    def f(self, x: Tensor) -> Tensor:
+        return (self.matrix @ x / self.matrix.shape[1]).sqrt()
+
+    def direct(self, derivative: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> Tensor:
+        jacobian = derivative(self.f)
+        return jacobian(self.x1) @ jacobian(self.x2).T
+
+    def closed(self) -> Tensor:
+        left, right = (0.5 / self.f(x) / self.matrix.shape[1] for x in (self.x1, self.x2))
+        return left.unsqueeze(1) * (self.matrix @ self.matrix.T) * right
+
+    def truth(self) -> Tensor:
+        twin = copy.copy(self)
+        twin.matrix, twin.x1, twin.x2 = (t.cpu().double() for t in (self.matrix, self.x1, self.x2))
+        return twin.closed()
+
+
 def note(scope: Scope) -> Iterator[Row]:
     """The note's function, by both ways and in closed form."""
     for size in (100, 1000) if scope.quick else (1000, 10_000, 100_000):
-        generator = scope.generator()
-        matrix = torch.rand(5, size, generator=generator).to(scope.device)
-        x1, x2 = (torch.rand(size, generator=generator).to(scope.device) for _ in range(2))
+        problem = _Note(scope, size)
+        calls: dict[str, Callable[[], Tensor]] = {
+            "direct, jacrev": partial(problem.direct, jacrev),
+            "direct, jacfwd": partial(problem.direct, jacfwd),
+            "indirect": _indirect(problem.f, problem.x1, problem.x2),
+            "closed form": problem.closed,
+        }
+        needed = {"direct, jacfwd": 8 * size * size}
+        forms = [Form(name, partial(_given, call), needed.get(name, 0)) for name, call in calls.items()]
+        yield from scope.compare({"outputs": 5, "P": size}, forms, problem.truth, unit="indirect")
 
-        def f(x: Tensor, m: Tensor = matrix) -> Tensor:
-            return (m @ x / m.shape[1]).sqrt()
 
-        def closed(m: Tensor = matrix, a: Tensor = x1, b: Tensor = x2) -> Tensor:
-            left, right = (0.5 / (m @ x / m.shape[1]).sqrt() / m.shape[1] for x in (a, b))
-            return left.unsqueeze(1) * (m @ m.T) * right
-
-        def truth(m: Tensor = matrix, a: Tensor = x1, b: Tensor = x2) -> Tensor:
-            return closed(*(t.cpu().double() for t in (m, a, b)))
-
-        indirect = _indirect(f, x1, x2)
-        forms = [
-            Form("direct, jacrev", lambda g=f, a=x1, b=x2: lambda: jacrev(g)(a) @ jacrev(g)(b).T),
-            Form("direct, jacfwd", lambda g=f, a=x1, b=x2: lambda: jacfwd(g)(a) @ jacfwd(g)(b).T, 8 * size * size),
-            Form("indirect", lambda call=indirect: call),
-            Form("closed form", lambda call=closed: call),
-        ]
-        yield from scope.compare({"outputs": 5, "P": size}, forms, truth, unit="indirect")
+def _given(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return call
 
 
 def _indirect(f: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
-        outputs, pull = vjp(f, x2)
+        outputs, pull = vjp(f, x2)[:2]
         units = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
 
         def column(unit: Tensor) -> Tensor:
@@ -104,14 +123,13 @@ def networks(scope: Scope) -> Iterator[Row]:
             Form("layers", _ours(model, x, "layers"), 8 * rows**2),
             Form("jacobian", _ours(model, x, "jacobian"), 2 * jacobian + 8 * rows**2),
             Form("products", _ours(model, x, "products"), 8 * rows**2),
-            Form(DIRECT, lambda m=model, n=named, i=x: lambda: _direct(m, n, i), 2 * jacobian + 8 * rows**2),
+            Form(DIRECT, partial(_given, partial(_direct, model, named, x)), 2 * jacobian + 8 * rows**2),
         ]
         double = perceptron(4, width, width, outputs)().double()
         double.load_state_dict({name: p.cpu().double() for name, p in named.items()})
         exact = {name: p.detach() for name, p in double.named_parameters()}
         labels = {"P": size, "N": samples, "C": outputs, "R": rows}
-        inputs = x.cpu().double()
-        yield from scope.compare(labels, forms, lambda m=double, n=exact, i=inputs: _direct(m, n, i), unit="layers")
+        yield from scope.compare(labels, forms, partial(_direct, double, exact, x.cpu().double()), unit="layers")
 
 
 # width, samples, outputs: rows of K at one network, then parameters at one number of rows, then several outputs
