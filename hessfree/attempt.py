@@ -18,7 +18,7 @@ from hessfree.line_search import Found, rounding
 from hessfree.memory import Memory, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
-from hessfree.operators import Deferred, Sharded
+from hessfree.operators import Deferred, Sharded, SymmetricOperator
 from hessfree.recording import Recording
 from hessfree.report import StepReport
 from hessfree.settings import Settings
@@ -86,6 +86,8 @@ class Attempt:
         self._loss = recording.value
         self._lr = parameters.uniform_or_vector(values.lr)
         self._decay = parameters.uniform_or_vector(values.weight_decay)
+        self._decays = any(values.weight_decay)
+        self._sign = 1.0  # of the recording's gradient, which may have become the right-hand side
         self._shifts = [d + w for d, w in zip(values.damping, values.weight_decay, strict=True)]
         self._shift = parameters.uniform_or_vector(self._shifts)
         self._history = 0 if settings.momentum is None else settings.momentum.history
@@ -99,9 +101,9 @@ class Attempt:
         Returns:
             What was decided.
         """
-        theta = self._parameters.flatten(self._backup)
-        gradient, decayed = self._parameters.gradients(), self._decay * theta
-        norm = self._facts["gradient_norm"] = float((gradient + decayed).norm())
+        theta = self._parameters.joined(self._backup)
+        gradient = self._parameters.gradients_like(self._recording.gradient)
+        norm = self._facts["gradient_norm"] = float(self._decayed(gradient, theta).norm())
         if not (math.isfinite(self._loss) and math.isfinite(norm)):
             return self._not_finite()
         uphill = self._cut_last(theta)
@@ -109,14 +111,19 @@ class Attempt:
             return uphill
         self._memory = self._memory.with_gradient(gradient, self._settings.gradient_ema)
         mean = self._memory.gradient_mean
-        rhs = -((gradient if mean is None else mean) + decayed)
+        if mean is None and not self._decays and gradient is self._recording.gradient:
+            rhs, self._sign = gradient.neg_(), -1.0  # in place: each vector may be larger than the rest of the step
+        else:
+            rhs = -self._decayed(gradient if mean is None else mean, theta)
+        del gradient, mean
         replayable = self._is_replayable()
         learned = self._timed("seconds_setup", self._learn)
         direction, solution = self._timed("seconds_solve", self._solve, learned, rhs)
         if solution.failed:
             self._ranks.agree()  # it may be an error on one of them
             return self._reject(f"rejected: {solution.status.value}", replayable=replayable)
-        step = self._lr * direction.value
+        whole = not isinstance(self._lr, Tensor) and self._lr == 1
+        step = direction.value if whole else self._lr * direction.value
         terms = self._timed("seconds_solve", self._model_along, direction, step, theta, rhs)
         same_bits(self._ranks.agree(None, terms.norm, terms.slope), ("the length of the step", "the slope along it"))
         shorter = self._shortening(terms)
@@ -192,8 +199,14 @@ class Attempt:
         """Put the parameters back, bit for bit."""
         self._parameters.restore(self._backup)
 
+    def _decayed(self, gradient: Tensor, theta: Tensor) -> Tensor:
+        """Return the gradient with that of the weight decay."""
+        return gradient + self._decay * theta if self._decays else gradient
+
     def _penalised(self, theta: Tensor) -> float:
         """Return the recorded loss with the weight decay's ½‖θ‖² term."""
+        if not self._decays:
+            return self._loss
         return self._loss + 0.5 * float(theta @ (self._decay * theta))
 
     def _curvature(self) -> Curvature:
@@ -201,6 +214,17 @@ class Attempt:
         if self._built is None:
             self._built = self._timed("seconds_setup", self._linearise)
         return self._built
+
+    def _whole(self) -> SymmetricOperator:
+        """Return the solver's matrix without its shift."""
+        return self._curvature().operator.scaled(self._scale)
+
+    def _released(self) -> None:
+        """Let the closure's graph be freed where products do without it; nobody learns from it any more."""
+        curvature = self._curvature()
+        if curvature.sample is not None and curvature.settle():
+            self._recording.release()
+            self._built = dataclasses.replace(curvature, sample=None)
 
     def _linearise(self) -> Curvature:
         seed = (self._settings.seed * 1_000_003 + self._number) % 2**63
@@ -227,7 +251,7 @@ class Attempt:
     def _solve(self, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
         """Return the direction, and what the solver said."""
         settings, shift, solver = self._settings, self._shift, self._settings.solver
-        operator = Deferred(self._parameters, lambda: self._curvature().operator.scaled(self._scale))
+        operator = Deferred(self._parameters, self._whole, self._released)
         precondition = None
         if settings.preconditions:
             precondition = settings.preconditioner.inverse(learned, self._parameters, self._scale, self._shifts)
@@ -244,8 +268,11 @@ class Attempt:
         return direction, solution
 
     def _model_along(self, direction: Direction, step: Tensor, theta: Tensor, rhs: Tensor) -> ModelAlong:
-        decayed, gradient = self._decay * step, self._recording.gradient
-        numbers = [gradient @ step, theta @ decayed, step @ decayed, step.norm(), rhs @ (self._lr * step)]
+        numbers = [self._sign * (self._recording.gradient @ step), step.norm(), rhs @ step * self._lr]
+        if isinstance(self._lr, Tensor):
+            numbers[-1] = rhs @ (self._lr * step)
+        decayed = self._decay * step if self._decays else step.new_zeros(())
+        numbers[1:1] = [theta @ decayed, step @ decayed] if self._decays else [decayed, decayed]
         bend = self._bend(direction, step)
         if bend is not None:
             numbers.append(bend.to(step))
@@ -277,7 +304,7 @@ class Attempt:
 
     def _search(self, step: Tensor, slope: float) -> Found:
         def evaluate(alpha: float) -> float:
-            self._parameters.try_step(self._backup, alpha * step)
+            self._parameters.try_step(self._backup, step if alpha == 1 else alpha * step)
             try:
                 return self._replay()
             finally:

@@ -30,6 +30,7 @@ from hessfree.recording import (
     Owners,
     Path,
     Recording,
+    Tail,
     explains_gradient,
     find_cut,
     make_cut,
@@ -49,6 +50,7 @@ class Curvature:
         sample: Makes what a preconditioner may look at, for which the network may have to be evaluated once more;
             None where there are no outputs z.
         local: G of this rank's batch alone; None where there is one rank.
+        tail: The loss behind the outputs, whose gradients `sample` looks at.
     """
 
     operator: SymmetricOperator
@@ -57,11 +59,23 @@ class Curvature:
     samples: int
     sample: Callable[[], Sample] | None
     local: SymmetricOperator | None = None
+    tail: Tail | None = None
 
     def here(self, factor: float) -> SymmetricOperator:
         """Return `factor` times G of this rank's batch alone."""
         assert self.local is not None
         return self.local.scaled(factor)
+
+    def settle(self) -> bool:
+        """Forget what `sample` alone needs.
+
+        Returns:
+            Whether products look at nothing of the recording: neither its graph nor what its calls were given.
+        """
+        if self.tail is not None:
+            self.tail.forget_values()
+        own = self.operator if self.local is None else self.local
+        return isinstance(own, GaussNewton) and own.let_go()
 
 
 class CurvatureBuilder:
@@ -201,7 +215,8 @@ class CurvatureBuilder:
         def sample() -> Sample:
             return Sample.of_all(ranks, make)
 
-        return Curvature(operator, linearization.name, cut.place.words, evaluation.samples, sample)
+        words, samples = cut.place.words, evaluation.samples
+        return Curvature(operator, linearization.name, words, samples, sample, tail=cut.tail)
 
     def _evaluate(
         self,

@@ -240,7 +240,7 @@ class HessianFree(Optimizer):
             outcome.report, next_damping=float(self.param_groups[0]["damping"]), seconds_gradient=seconds
         )
         self._counter.reset()
-        return recording.returned.detach()  # its graph, which was kept for the products, is done with
+        return recording.returned
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; tensors move to the parameters' device and keep their dtype.

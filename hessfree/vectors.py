@@ -163,9 +163,25 @@ class ParameterVector(FlatSpace):
         """Return a copy of every `p.grad` as one `[P]` vector; a missing gradient counts as zero."""
         return self.flatten([p.grad for p in self.params])
 
+    def gradients_like(self, known: Tensor) -> Tensor:
+        """Return `gradients()`; `known` `[P]` itself where it holds the same numbers, so that no copy is made."""
+        pairs = zip(self.params, self.views(known), strict=True)
+        if self._in_one_piece() and all(p.grad is not None and torch.equal(p.grad, t) for p, t in pairs):
+            return known
+        return self.gradients()
+
     def backup(self) -> list[Tensor]:
-        """Return copies of the parameters, bit for bit, for `restore`."""
-        return [p.detach().clone() for p in self.params]
+        """Return copies of the parameters, bit for bit, for `restore`; pieces of one vector where it can hold them."""
+        return self.views(self.values()) if self._in_one_piece() else [p.detach().clone() for p in self.params]
+
+    def joined(self, backup: Sequence[Tensor]) -> Tensor:
+        """Return what `backup` returned as one `[P]` vector, which may be the memory of the backup itself."""
+        base = backup[0]._base
+        return base if self._in_one_piece() and base is not None else self.flatten(backup)
+
+    def _in_one_piece(self) -> bool:
+        """Tell whether a flat vector holds the parameters bit for bit: all of its dtype, and whole on this process."""
+        return self._uniform and not any(map(_is_divided, self.params))
 
     def restore(self, backup: Sequence[Tensor]) -> None:
         """Write back what `backup` returned, unseen by autograd's version counters."""

@@ -23,10 +23,12 @@ class Linearization(Protocol):
 
     Attributes:
         name: Which back end this is.
+        stands_alone: Whether products use neither an autograd graph nor the network.
         space: The flat space `[Z]` of the outputs.
     """
 
     name: str
+    stands_alone: bool
     space: FlatSpace
 
     @property

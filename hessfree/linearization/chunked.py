@@ -25,8 +25,11 @@ class ChunkedLinearization:
 
     Attributes:
         name: The back end that linearises the chunks.
+        stands_alone: Whether products use neither an autograd graph nor the network: they do.
         space: The flat space `[Z]` of the outputs of all samples.
     """
+
+    stands_alone = False
 
     def __init__(
         self, name: str, chunks: Sequence[slice], outputs: Sequence[Output], linearize: Callable[[slice], Linearization]

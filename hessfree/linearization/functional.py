@@ -26,11 +26,13 @@ class FunctionalLinearization:
 
     Attributes:
         name: "functional".
+        stands_alone: Whether products use neither an autograd graph nor the network: they may.
         space: The flat space `[Z]` of the outputs.
         outputs: z, flat `[Z]`, without graph.
     """
 
     name = "functional"
+    stands_alone = False
 
     def __init__(self, calls: Sequence[Call], outputs: Sequence[Output], parameters: ParameterVector) -> None:
         """Linearise `calls`.

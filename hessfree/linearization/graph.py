@@ -22,10 +22,12 @@ class GraphLinearization:
 
     Attributes:
         name: "graph".
+        stands_alone: Whether products use neither an autograd graph nor the network: they do.
         space: The flat space `[Z]` of the outputs.
     """
 
     name = "graph"
+    stands_alone = False
 
     def __init__(self, outputs: Sequence[Output], parameters: ParameterVector) -> None:
         """Linearise the graph that leads to `outputs`.

@@ -107,9 +107,29 @@ class OutputHessian:
         bound = min(32 * eps, 0.1 * eps**0.5) * y.norm()
         for propose in (self._scalar, self._softmax, self._diagonal):
             for form in propose(w, y):
-                if bool((form.matvec(w) - y).norm() <= bound):
+                if bool(_misfit(form, w, y) <= bound):
+                    self._let_go(form)
                     return form
         return None
+
+    def find_closed(self) -> bool:
+        """Look for a closed form now, and let the loss's graph be freed if there is one.
+
+        Returns:
+            Whether there is.
+        """
+        return self.closed is not None
+
+    def vanishes(self) -> bool:
+        """Tell whether H is known to be zero."""
+        constant = None if self.closed is None else self.closed.constant
+        return constant is not None and not bool(constant)
+
+    def _let_go(self, form: Form) -> None:
+        """Multiply by the closed form from now on: the loss's graph, and with it the network's, may be freed."""
+        self._product = lambda w: self.space.views(form.matvec(self.space.flatten(w)))
+        self._values = [None] * len(self._values)
+        del self.__dict__["_probe"]
 
     @functools.cached_property
     def form(self) -> Form | None:
@@ -131,9 +151,13 @@ class OutputHessian:
 
     @functools.cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
+        size = self.space.size
         w = _random_vector().to(device=self.space.device, dtype=self.space.dtype)
-        w = w.repeat(-(-self.space.size // PERIOD))[: self.space.size]
-        return w, self.matvec(w)
+        w = w[:size] if size <= PERIOD else torch.cat([w] * (size // PERIOD) + [w[: size % PERIOD]])
+        found = self._product(self.space.split(w))
+        if len(found) == 1 and found[0] is not None and found[0].dtype == self.space.dtype:
+            return w, found[0].detach().reshape(-1)  # read only, so that it need not be a copy
+        return w, self.space.flatten(found)
 
     def _scalar(self, w: Tensor, y: Tensor) -> Iterator[Form]:
         if self.space.size:
@@ -163,6 +187,14 @@ class OutputHessian:
                 direction = layout.gather(shape.matvec(w))
                 scale = (direction * layout.gather(y)).sum(1, True) / direction.square().sum(1, True)
                 yield SoftmaxForm(layout, p, torch.nan_to_num(scale))
+
+
+def _misfit(form: Form, w: Tensor, y: Tensor) -> Tensor:
+    """Return ‖H w − y‖; without a vector of that length where H is a number."""
+    if form.constant is None:
+        return form.matvec(w).sub_(y).norm()
+    pieces = zip(w.split(PERIOD), y.split(PERIOD), strict=True)
+    return torch.stack([(form.matvec(a) - b).norm() for a, b in pieces]).norm()
 
 
 @functools.cache

@@ -14,18 +14,25 @@ from hessfree.vectors import FlatSpace
 class Deferred(SymmetricOperator):
     """The operator that `build` returns, which is first called when something multiplies by it."""
 
-    def __init__(self, space: FlatSpace, build: Callable[[], SymmetricOperator]) -> None:
+    def __init__(
+        self,
+        space: FlatSpace,
+        build: Callable[[], SymmetricOperator],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         """Describe the operator.
 
         Args:
             space: Of its vectors.
             build: Returns the operator; called at every product, so it remembers what it has set up.
+            prepare: Called before each product: what only other forms of the operator need may be freed there.
         """
         self.size, self.dtype, self.device = space.size, space.dtype, space.device
-        self._build = build
+        self._build, self._prepare = build, prepare
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return A v `[P]`."""
+        self._prepare()
         return self._build().matvec(v)
 
     def quadratic_form(self, vectors: Tensor) -> Tensor:

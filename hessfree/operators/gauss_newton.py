@@ -16,7 +16,7 @@ from hessfree.linearization import (
     run_model,
 )
 from hessfree.losses import DiagonalForm, Form, OutputHessian
-from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace, trace_model
+from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace, trace_and_cut
 from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.factored_root import FactoredRoot
 from hessfree.operators.root import ProductRoot
@@ -133,22 +133,45 @@ class GaussNewton(SymmetricOperator):
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        divided = None
+        divided, parts = None, list[slice]()
         if microbatch is not None:
             divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
-        traced, parts = divided or (trace_model(model, loss_fn, inputs, targets, parameters), [])
-        uncut = (
-            f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
-            "network; return what the loss is curved in (logits), or use microbatch=None"
-        )
-        cut = cut_trace(traced, parameters, uncut if parts else None)
+        if divided is None:
+            traced, cut = trace_and_cut(model, loss_fn, inputs, targets, parameters)
+        else:
+            traced, parts = divided
+            uncut = (
+                f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
+                "network; return what the loss is curved in (logits), or use microbatch=None"
+            )
+            cut = cut_trace(traced, parameters, uncut)
+        cut.tail.forget_values()
+        hessian = OutputHessian.of(cut)
+        hessian.find_closed()  # before the residuals need memory of their own
+        if hessian.vanishes():
+            cut_trace(traced, parameters)  # the loss may have become linear since it was cut there
         network = linearize_recorded(linearization, model, traced, cut.outputs, cut.calls, parameters, parts, compile)
-        hessian = OutputHessian.of(cut).in_precision_of(network.space)
+        hessian = hessian.in_precision_of(network.space)
         direct = cut.tail if cut.tail.has_direct else None
         return cls(network, hessian, parameters, direct, lambda: None if parts else cut.outputs)
 
+    def let_go(self) -> bool:
+        """Let the graph of the outputs be freed, where J is traced and H of a closed form: products do without it.
+
+        Returns:
+            Whether they do. What else is made of the graph, a root by layers, is made of products from now on.
+        """
+        if self._direct is not None or not self.linearization.stands_alone:
+            return False
+        if self.output_hessian is not None and not self.output_hessian.find_closed():
+            return False
+        self._network = _no_graph
+        return True
+
     def matvec(self, v: Tensor) -> Tensor:
         """Return G v `[P]` for `v` `[P]`."""
+        if self._network is not _no_graph:
+            self.let_go()
         if self._direct is None:
             return self._through_outputs(v)
         if not self._direct.coupled:
@@ -328,3 +351,7 @@ class GaussNewton(SymmetricOperator):
     def _rows(self) -> Iterator[Tensor]:
         for units in unit_rows(self.linearization.space, self.size):
             yield self.linearization.vjps(units)
+
+
+def _no_graph() -> None:
+    return None

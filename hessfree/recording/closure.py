@@ -7,6 +7,7 @@ replaced: backward runs and fills `p.grad` as always, and the loss keeps its gra
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Recording(Trace):
         roots: The outermost calls of modules that own parameters.
         marks: What `mark_outputs` was given.
         buffers: The buffers of the modules called, as they were before the closure ran.
-        returned: What the closure returned.
+        returned: What the closure returned, without its graph.
         gradient: `[P]`, the gradient of `loss` alone: `p.grad` after the intercepted backward calls
             minus `p.grad` before them, whatever the closure did to `p.grad` later.
         accumulated: Whether `p.grad` held something before the first backward call.
@@ -66,6 +67,23 @@ class Recording(Trace):
     autocast: Autocast
     wrappers: list[nn.Module]
     value: float
+
+    @functools.cached_property
+    def leaves(self) -> list[Tensor]:
+        """Every leaf tensor whose gradient the backward pass of `loss` fills."""
+        return leaves_of(self.loss)
+
+    def release(self) -> None:
+        """Let the graph be freed, with the inputs and outputs of the calls: nobody differentiates any more.
+
+        Loss and calls stay, as numbers and as modules.
+        """
+        assert self.leaves is not None  # looked up while there is a graph
+        self.loss = self.loss.detach()
+        self.marks.clear()
+        for root in self.roots:
+            for call in root.walk():
+                call.inputs, call.keywords, call.outputs = (), {}, ()
 
 
 class _Interceptor(TorchFunctionMode):
@@ -124,6 +142,7 @@ class _Gradients:
         finally:
             self._tree.paused = False
         self._refuse_sparse()
+        self.total = None
         self.total = self._parameters.gradients()
 
     def recorded(self) -> Tensor:
@@ -187,11 +206,11 @@ def record(
                 check_unscaled(gradients.losses[0], returned)
             loss = gradients.loss()
             return Recording(
-                loss=loss,
+                loss=loss.clone(),  # a mean may live in the memory of what it was taken of
                 roots=tree.roots,
                 marks=marks,
                 buffers=tree.buffers,
-                returned=returned,
+                returned=returned.detach().clone(),
                 gradient=gradients.recorded(),
                 accumulated=gradients.accumulated(),
                 backwards=len(gradients.losses),
@@ -225,7 +244,7 @@ def replay(closure: Closure, recording: Recording, parameters: ParameterVector) 
         RuntimeError: The closure raised it, and did so again when it was given a graph.
     """
     stash = [p.grad for p in parameters.params]
-    others = [(p, p.grad) for p in leaves_of(recording.loss) if p not in parameters]
+    others = [(p, p.grad) for p in recording.leaves if p not in parameters]
     # a graph that saved a buffer must stay legal, whatever the forward pass does to it
     with recording.before.buffers.versions_kept(), twice_differentiable(), silent(recording.wrappers):
         try:

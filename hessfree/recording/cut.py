@@ -83,6 +83,7 @@ def find_cut(recording: Trace, parameters: ParameterVector, model: nn.Module | N
         candidates = _distinct(marks + [_Candidate(call, i, o) for call in level for i, o in enumerate(call.outputs)])
         tail = Tail(recording.loss, [c.output for c in candidates], params)
         used = [c for c, g in zip(candidates, tail.gradients, strict=True) if g is not None]
+        tail.forget_values()
         bends = _bends(tail)
         curved = {c.call for c, bend in zip(candidates, bends, strict=True) if bend}
         partial = {c.call for c, bend in zip(candidates, bends, strict=True) if not bend and c in used and c.is_number}

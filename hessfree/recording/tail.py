@@ -25,7 +25,8 @@ class Tail:
 
     Attributes:
         outputs: The z.
-        gradients: d ell/d z, one an output, with graph; None where ell does not use that output.
+        gradients: d ell/d z, one an output, with graph; None where ell does not use that output, or all of them after
+            `forget_values`.
         direct: d ell/d theta at fixed z, one a parameter, with graph; None where ell uses the parameter only
             through z.
     """
@@ -47,6 +48,8 @@ class Tail:
         self._used = [i for i, o in enumerate(self.outputs) if (o.edge.node, o.edge.output_nr) in reached]
         self._direct = [i for i, leaf in enumerate(self._leaves) if (leaf.node, leaf.output_nr) in reached]
         self.gradients, self.direct = self._differentiate([loss], None, create_graph=True)
+        # edges, so that products need no values
+        self._sources = [_source(t) for t in self.gradients + self.direct]
         self._coupled: bool | None = None
 
     @property
@@ -62,7 +65,7 @@ class Tail:
     @property
     def linear(self) -> bool:
         """Whether every first derivative is constant: ell has no second derivative at all."""
-        return not any(t is not None and t.requires_grad for t in self.gradients + self.direct)
+        return not any(self._sources)
 
     @property
     def coupled(self) -> bool:
@@ -86,15 +89,20 @@ class Tail:
             The part in z, one an output, and the part in theta, one a parameter; None for zero.
         """
         sources, weights = [], []
-        for gradients, factors in ((self.gradients, w), (self.direct, v)):
-            for g, f in zip(gradients, factors if factors is not None else (), strict=factors is not None):
-                if g is not None and g.requires_grad:
-                    sources.append(g)
-                    weights.append(f.to(g.dtype))
+        along_z, along_theta = self._sources[: len(self.outputs)], self._sources[len(self.outputs) :]
+        for known, factors in ((along_z, w), (along_theta, v)):
+            for source, f in zip(known, factors if factors is not None else (), strict=factors is not None):
+                if source is not None:
+                    sources.append(source[0])
+                    weights.append(f.to(source[1]))
         return self._differentiate(sources, weights)
 
+    def forget_values(self) -> None:
+        """Let the numbers in `gradients` be freed, where only products are wanted: each is as large as an output."""
+        self.gradients = [None] * len(self.outputs)
+
     def _differentiate(
-        self, sources: Sequence[Tensor], weights: Sequence[Tensor] | None, create_graph: bool = False
+        self, sources: Sequence[Tensor | GradientEdge], weights: Sequence[Tensor] | None, create_graph: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Return the derivatives of `sources` in the outputs and in the parameters, with all z held as variables."""
         along_z: list[Tensor | None] = [None] * len(self.outputs)
@@ -112,6 +120,12 @@ class Tail:
         for i, t in zip(self._direct, found[len(self._used) :], strict=True):
             along_theta[i] = t
         return along_z, along_theta
+
+
+def _source(gradient: Tensor | None) -> tuple[GradientEdge, torch.dtype] | None:
+    if gradient is None or not gradient.requires_grad:
+        return None
+    return get_gradient_edge(gradient), gradient.dtype
 
 
 def walk(edge: GradientEdge, stops: Mapping[Node, set[int]]) -> Iterator[tuple[Node, int]]:

@@ -217,7 +217,7 @@ def _conclude(run: Run, rows: Sequence[Row], stop: _Stop) -> Solution:
     i, status = next(((i, v) for i, v in enumerate(verdicts) if v is not None), (len(rows) - 1, Status.ITERATIONS))
     residuals = tuple(math.sqrt(row.square) for row in rows[: i + 1])
     if rows[i].model <= rows[0].model or i == 0:
-        return Solution(run.x, run.r, status, i, residuals)
+        return Solution(run.x.contiguous(), run.r, status, i, residuals)
     status = status if status is Status.NON_FINITE else Status.NO_BETTER
     return Solution(*run.start, status, i, residuals)
 
@@ -225,7 +225,7 @@ def _conclude(run: Run, rows: Sequence[Row], stop: _Stop) -> Solution:
 def _preconditioned(operator: SymmetricOperator, run: Run) -> Solution:
     """Return the start plus z."""
     found = _direct(operator, run.x + run.p, run.r, Status.PRECONDITIONER)
-    return dataclasses.replace(found, value=run.x) if found.failed else found
+    return dataclasses.replace(found, value=run.x.contiguous()) if found.failed else found
 
 
 def _direct(operator: SymmetricOperator, x: Tensor, rhs: Tensor, status: Status) -> Solution:

@@ -27,7 +27,7 @@ class Run:
     """Iterations from a start. Nothing here makes the host wait for an accelerator unless residuals are replaced.
 
     Attributes:
-        x: The iterate, `[P]`.
+        x: The iterate, `[P]`; to be read only.
         r: Its residual b − (A + D)x, `[P]`.
         p: The direction of the next iteration, `[P]`; that of the first is the preconditioned residual of the start.
     """
@@ -55,11 +55,12 @@ class Run:
         """
         self._operator, self._rhs, self._shift = operator, rhs, shift
         self._precondition: Map = precondition if precondition is not None else lambda r: r
-        self.x = torch.zeros_like(rhs) if start is None else start.clone()
-        self.r = rhs.clone() if start is None else rhs - self._product(start)
+        zero = rhs.new_zeros(())
+        self.x = zero.expand_as(rhs) if start is None else start.clone()  # a zero that takes no memory
+        self.r = rhs if start is None else rhs - self._product(start)
         self._dots = operator.dots
-        (model, square) = self._dots((self.x, self.r + rhs), (rhs, rhs))
-        self._model = -0.5 * model
+        (square,) = self._dots((rhs, rhs))
+        self._model = zero if start is None else self._value(self.x, self.r)
         if start is not None and below_zero:
             keep = self._model <= 0  # neither a NaN
             self.x, self.r = torch.where(keep, self.x, 0), torch.where(keep, self.r, rhs)
@@ -90,23 +91,23 @@ class Run:
         # non-positive curvature m has no minimum: only a first direction is taken, at its own length.
         length = torch.where(self._positive, slope / curvature, 1.0 if self._first else 0.0)
         self._length, self._first = length, False
-        r = torch.addcmul(self.r, q, -length)  # r − αq
-        if self._drift is None:
-            x = torch.addcmul(self.x, self.p, length)  # x + αp
-        else:
-            x = self._drift.moved(self.p, q, length)
-            if self._drift.due(x, self.r, r):
-                r = self._rhs - self._product(x)
-                self._drift.replaced(x, r)
-        model = -0.5 * self._dots((x, r + self._rhs))[0]
+        # what this iteration has made is written over: each vector may be larger than the rest of the step
+        x = torch.addcmul(self.x, self.p, length) if self._drift is None else self._drift.moved(self.p, q, length)
+        r = torch.addcmul(self.r, q, -length, out=q)  # r − αq
+        if self._drift is not None and self._drift.due(x, self.r, r):
+            r = self._rhs - self._product(x)
+            self._drift.replaced(x, r)
+        model = self._value(x, r)
         moves = self._alive & torch.isfinite(model)  # a NaN or an infinity anywhere makes m one
-        self.x, self.r = torch.where(moves, x, self.x), torch.where(moves, r, self.r)
+        self.x, self.r = torch.where(moves, x, self.x, out=x), torch.where(moves, r, self.r, out=r)
+        del x, r, q
         self._model = torch.where(moves, model, self._model)
         z = self._precondition(self.r)
         rz, self._rr = self._dots((self.r, z), (self.r, self.r))
         self._finite, self._definite = moves & torch.isfinite(rz), rz > 0
         self._alive = self._finite & self._positive & self._definite
-        self.p = torch.where(self._alive, torch.addcmul(z, self.p, rz / self._rz), self.p)
+        turned = torch.addcmul(z, self.p, rz / self._rz)
+        self.p = torch.where(self._alive, turned, self.p, out=turned)
         self._rz = rz
 
     def row(self) -> Tensor:
@@ -115,4 +116,13 @@ class Run:
         return torch.stack([self._rr / self._scale, self._model, *flags, self._length])
 
     def _product(self, v: Tensor) -> Tensor:
-        return self._operator.matvec(v) + self._shift * v
+        """Return (A + D) v, a new vector."""
+        product = self._operator.matvec(v)
+        if isinstance(self._shift, Tensor):
+            return torch.addcmul(product, self._shift, v)
+        return torch.add(product, v, alpha=self._shift)
+
+    def _value(self, x: Tensor, r: Tensor) -> Tensor:
+        """Return m(x) = −½ xᵀ(r + b)."""
+        along_r, along_b = self._dots((x, r), (x, self._rhs))
+        return -0.5 * (along_r + along_b)

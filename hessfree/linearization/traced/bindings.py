@@ -10,6 +10,13 @@ from torch import Tensor, fx
 
 from hessfree.linearization.traced.nodes import A
 
+
+def _threshold_backward(g: Tensor, z: Tensor, threshold: float, *, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        return A.threshold_backward.default(g, z, threshold)
+    return A.threshold_backward.grad_input(g, z, threshold, grad_input=out)
+
+
 # those with a kernel that writes straight into `out`
 INTO: dict[Any, Callable[..., Tensor]] = {
     A.mm.default: torch.mm,
@@ -27,6 +34,7 @@ INTO: dict[Any, Callable[..., Tensor]] = {
     A.neg.default: torch.neg,
     A.sum.dim_IntList: torch.sum,
     A.mean.dim: torch.mean,
+    A.threshold_backward.default: _threshold_backward,
 }
 DIRECT: dict[Any, Callable[..., Tensor]] = INTO | {
     A.t.default: torch.t,

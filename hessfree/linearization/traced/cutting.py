@@ -10,7 +10,17 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from hessfree.linearization.base import LinearizationError
-from hessfree.linearization.traced.nodes import A, dependents, dtype, is_random, is_view, like, remove_dead, shape
+from hessfree.linearization.traced.nodes import (
+    A,
+    dependents,
+    dtype,
+    first,
+    is_random,
+    is_view,
+    like,
+    remove_dead,
+    shape,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +138,15 @@ def _linear_part(tangent: fx.Node, result: fx.Node, varying: set[fx.Node], kept:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     mapped = copies[result]  # a result that does not vary (all zeros) must not be handed out as it is kept
     graph.output(mapped if result in varying else like(graph.call_function(A.clone.default, (mapped,)), result))
+    _put_reshapes_first(graph)
     return LinearPart(graph, tuple(kept.setdefault(n, len(kept)) for n in needed))
+
+
+def _put_reshapes_first(graph: fx.Graph) -> None:
+    """Put each reshape right behind what it reshapes, so that a gradient of a layer is final as soon as it is known."""
+    for node in list(graph.nodes):
+        if node.target is A.reshape.default and first(node).op == "call_function":
+            first(node).append(node)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -27,8 +27,7 @@ POINTWISE_BACKWARD = {
     A.softplus_backward.default,
     A.softshrink_backward.default,
     A.tanh_backward.default,
-    A.threshold_backward.default,
-}
+}  # not that of a ReLU: its mask is an output that is kept anyway, and a factor would be as large once more
 PRODUCTS = {A.mul.Tensor, A.mul.Scalar}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
+from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.traced.cache import TraceCache
 from hessfree.linearization.traced.network import Arguments, Network
 from hessfree.linearization.traced.surroundings import surroundings
@@ -26,11 +27,12 @@ class TracedLinearization:
     Attributes:
         name: "traced".
         space: The flat space `[Z]` of the outputs.
-        outputs: z, flat `[Z]`, without graph.
+        stands_alone: Whether products use neither an autograd graph nor the network.
         recorded: Whether these are the outputs of the recorded call itself, which ran no second time.
     """
 
     name = "traced"
+    stands_alone = True
     recorded = False
 
     def __init__(
@@ -62,7 +64,8 @@ class TracedLinearization:
         self._surroundings = surroundings(network.parts)
         self._device = parameters.device
         self.space = self._trace.space
-        self.outputs, residuals = self._evaluate(network, outputs, parameters, whole)
+        self._outputs, residuals = self._evaluate(network, outputs, parameters, whole)
+        self._output_versions = [t._version for t in self._outputs]
         self._forward = self._trace.jvp.arguments(residuals)
         self._backward = self._trace.vjp.arguments(residuals)
         given = {t.untyped_storage()._cdata for t in (*parameters.params, *network.state, *network.inputs)}
@@ -72,19 +75,31 @@ class TracedLinearization:
 
     def _evaluate(
         self, network: Network, outputs: Sequence[Output], parameters: ParameterVector, whole: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return z and the residuals: what autograd saved of the recorded call where that can be had."""
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Return z and the residuals: those of the recorded call itself where they can be had."""
         trace = self._trace
         readable = whole and all(o.intact for o in outputs)
         if readable and trace.trusted:
             saved = trace.saved_residuals(outputs, parameters)
             if saved is not None:
                 self.recorded = True
-                return self.space.flatten([o.value for o in outputs]), saved
+                return [o.value for o in outputs if o.value is not None], saved
         z, residuals = trace.evaluate(network, parameters)
+        values = self.space.views(z)
         if readable and not trace.trusted:
             residuals = trace.saved_residuals(outputs, parameters, residuals) or residuals
-        return z, residuals
+        return values, residuals
+
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs z, flat `[Z]`, without graph.
+
+        Raises:
+            LinearizationError: They are those of the recorded call, and have been written into since.
+        """
+        if [t._version for t in self._outputs] != self._output_versions:
+            raise LinearizationError("the outputs were written into after the network returned them")
+        return self.space.flatten(self._outputs)
 
     @property
     def trusted(self) -> bool:

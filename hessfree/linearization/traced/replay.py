@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from hessfree.linearization.traced.nodes import RESHAPES, A, first
 # how many of their first arguments these may write over: of a b + c only c, of a pointwise operation any
 OVERWRITES: dict[Any, int] = {A.mul.Tensor: 2, A.add.Tensor: 2, A.sub.Tensor: 2, A.div.Tensor: 2}
 OVERWRITES |= dict.fromkeys([A.mul.Scalar, A.add.Scalar, A.sub.Scalar, A.div.Scalar, A.neg.default], 1)
-OVERWRITES |= dict.fromkeys([A.addmm.default, A.baddbmm.default], 1)
+OVERWRITES |= dict.fromkeys([A.threshold_backward.default, A.addmm.default, A.baddbmm.default], 1)
 COPIES = {A.clone.default, A._to_copy.default, *RESHAPES}
 
 
@@ -67,12 +68,22 @@ class _Watch:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
             self.values[node] = node.target(*args, **kwargs)
             self.memory[node] = self._shared(node) or _Memory(node)
+            if node.target is A.cat.default and all(user.op == "output" for user in node.users):
+                continue  # joins the pieces of the result, each of which is copied as soon as it is there
             for used in (node, *node.all_input_nodes):
                 self.memory[used].last = max(self.memory[used].last, i)
 
     def _shared(self, node: fx.Node) -> _Memory | None:
         storages = _storages(self.values[node])
+        if node.target is operator.getitem and self._stands_alone(node, storages):
+            return None  # or the first result of an operator would live as long as its last
         return next((self.memory[a] for a in node.all_input_nodes if storages & _storages(self.values[a])), None)
+
+    def _stands_alone(self, node: fx.Node, storages: set[int]) -> bool:
+        """Tell whether one of several results of an operator is new memory, which no other of them uses."""
+        source = first(node)
+        others = [t for i, t in enumerate(self.values[source]) if i != node.args[1]]
+        return self.memory[source].owner is source and not storages & _storages(others)
 
 
 class _Writer:
@@ -103,10 +114,10 @@ class _Writer:
         self._places: dict[fx.Node, Tensor] = {}
         for piece, part in self._pieces:
             memory = self.memory[piece]
-            memory.last = len(self.nodes)
             value = self.values[memory.owner]
             if memory.owner.target in INTO and _same(value, self.values[piece]) and memory.owner not in self._places:
                 self._places[memory.owner] = part.view(value.shape)
+                memory.last = len(self.nodes)
 
     def write(self, index: int) -> None:
         """Write the statement of one node."""
@@ -131,17 +142,23 @@ class _Writer:
             self._names[node] = name = f"n{index}"
             memory.names.append(name)
             self._lines.append(f"{name} = {self._constant(node.target)}({self._arguments(node)})")
+        self._copy_pieces(node)  # at once, so that a gradient does not wait for those of all other layers
         for used in {id(m): m for m in (memory, *(self.memory[a] for a in node.all_input_nodes))}.values():
             if used.last == index:
                 self._release(used)
 
     def function(self) -> Callable[..., None]:
         """Return the statements as a function of the residuals."""
-        for piece, part in self._pieces:
-            if self.memory[piece].owner not in self._places or not _same(self.fixed[piece], part):
-                self._lines.append(f"{self._constant(part)}.copy_({self._text(piece)}.reshape(-1))")
+        for piece in {p for p, _ in self._pieces if p.op == "placeholder"}:
+            self._copy_pieces(piece)
         exec("\n    ".join([self._header, *self._lines, "return"]), self._namespace)
         return self._namespace["run"]
+
+    def _copy_pieces(self, node: fx.Node) -> None:
+        for piece, part in self._pieces:
+            written = self.memory[piece].owner in self._places
+            if piece is node and not (written and _same(self.fixed[piece], part)):
+                self._lines.append(f"{self._constant(part)}.copy_({self._text(piece)}.reshape(-1))")
 
     def _overwrite(self, node: fx.Node, index: int) -> bool:
         """Let `node` write over an argument that is not needed again, if there is one."""

@@ -20,11 +20,12 @@ class StackedLinearization:
 
     Attributes:
         name: "traced".
+        stands_alone: Whether products use neither an autograd graph nor the network.
         space: The flat space `[Z]` of all outputs, call by call.
-        outputs: z, flat `[Z]`, without graph.
     """
 
     name = "traced"
+    stands_alone = True
 
     def __init__(self, parts: Sequence[TracedLinearization]) -> None:
         """Stack linearisations in the same parameters."""
@@ -33,7 +34,11 @@ class StackedLinearization:
         shapes = [shape for part in parts for shape in part.space.shapes]
         dtypes = [dtype for part in parts for dtype in part.space.dtypes]
         self.space = FlatSpace(shapes, dtypes, parts[0].space.device)
-        self.outputs = self._joined([part.outputs for part in parts])
+
+    @property
+    def outputs(self) -> Tensor:
+        """The outputs z, flat `[Z]`, without graph."""
+        return self._joined([part.outputs for part in self._parts])
 
     @property
     def recorded(self) -> bool:

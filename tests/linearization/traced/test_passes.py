@@ -33,8 +33,21 @@ def kernels(graph: fx.Graph) -> collections.Counter[str]:
 def test_a_perceptron_needs_its_matrix_products_and_a_factor_each(activation: type[nn.Module], depth: int) -> None:
     found = trace(mlp(*[5] * (depth + 1), activation=activation), randn(7, 5))
     inner = depth - 1
-    assert kernels(found.jvp._part.graph) == {"addmm": depth + inner, "mul": inner, "cat": 1}
-    assert kernels(found.vjp._part.graph) == {"mm": depth + inner, "sum": depth, "mul": inner, "cat": 1}
+    # the mask of a ReLU is its output, which is kept anyway: a factor would be as large once more
+    factor = "threshold_backward" if activation is nn.ReLU else "mul"
+    assert kernels(found.jvp._part.graph) == {"addmm": depth + inner, factor: inner, "cat": 1}
+    assert kernels(found.vjp._part.graph) == {"mm": depth + inner, "sum": depth, factor: inner, "cat": 1}
+
+
+def test_of_a_relu_before_a_pool_a_mask_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3)).to(DOUBLE)
+    x = randn(2, 1, 10, 10)
+    found = trace(model, x)
+    for part in (found.jvp._part, found.vjp._part):
+        large = [n for n in part.graph.nodes if n.op == "placeholder" and n.meta["shape"] == (2, 3, 8, 8)]
+        assert [n.meta["dtype"] for n in large] == [torch.bool]
+    traced, graph = both(model, x)
+    assert disagreement(traced, graph) <= 1e-12
 
 
 def test_fixed_factors_are_multiplied_once() -> None:
