@@ -15,30 +15,15 @@ from hessfree.curvature import Curvature, CurvatureBuilder
 from hessfree.distributed import ALONE, Ranks, same_bits
 from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
-from hessfree.memory import Memory, Pending, reduction_ratio
+from hessfree.memory import Memory, Outcome, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
-from hessfree.operators import Deferred, Sharded, SymmetricOperator
+from hessfree.operators import Deferred, Sharded
 from hessfree.recording import Recording
 from hessfree.report import StepReport
 from hessfree.settings import Settings
 from hessfree.solvers import OnShards, Solution
 from hessfree.vectors import ParameterVector
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a step decided.
-
-    Attributes:
-        memory: For the next step.
-        report: For the user.
-        ratio: ρ, NaN where unknown.
-    """
-
-    memory: Memory
-    report: StepReport
-    ratio: float
 
 
 class Attempt:
@@ -126,7 +111,7 @@ class Attempt:
         step = direction.value if whole else self._lr * direction.value
         terms = self._timed("seconds_solve", self._model_along, direction, step, theta, rhs)
         same_bits(self._ranks.agree(None, terms.norm, terms.slope), ("the length of the step", "the slope along it"))
-        shorter = self._shortening(terms)
+        shorter = terms.shortening(self._settings.max_step_norm, self._settings.step_norm, self._scale)
         if shorter < 1:
             step, terms = shorter * step, terms.scaled(shorter)
         if not terms.finite:
@@ -215,16 +200,12 @@ class Attempt:
             self._built = self._timed("seconds_setup", self._linearise)
         return self._built
 
-    def _whole(self) -> SymmetricOperator:
-        """Return the solver's matrix without its shift."""
-        return self._curvature().operator.scaled(self._scale)
-
     def _released(self) -> None:
         """Let the closure's graph be freed where products do without it; nobody learns from it any more."""
         curvature = self._curvature()
         if curvature.sample is not None and curvature.settle():
             self._recording.release()
-            self._built = dataclasses.replace(curvature, sample=None)
+            self._built = dataclasses.replace(curvature, sample=None, tail=None)
 
     def _linearise(self) -> Curvature:
         seed = (self._settings.seed * 1_000_003 + self._number) % 2**63
@@ -251,7 +232,7 @@ class Attempt:
     def _solve(self, learned: dict[str, Any], rhs: Tensor) -> tuple[Direction, Solution]:
         """Return the direction, and what the solver said."""
         settings, shift, solver = self._settings, self._shift, self._settings.solver
-        operator = Deferred(self._parameters, self._whole, self._released)
+        operator = Deferred(self._parameters, lambda: self._curvature().operator.scaled(self._scale), self._released)
         precondition = None
         if settings.preconditions:
             precondition = settings.preconditioner.inverse(learned, self._parameters, self._scale, self._shifts)
@@ -288,19 +269,6 @@ class Attempt:
         judged = rule.wants_ratio(self._number) or rule.wants_next_loss(self._number)
         measured = settings.max_step_norm is not None and settings.step_norm == "curvature"
         return self._curvature().operator.quadratic_form(step[None])[0, 0] if judged or measured else None
-
-    def _shortening(self, terms: ModelAlong) -> float:
-        """Return the factor that brings the step down to `max_step_norm`."""
-        limit = self._settings.max_step_norm
-        if limit is None:
-            return 1.0
-        length = terms.norm
-        if self._settings.step_norm == "curvature":
-            assert terms.bend is not None
-            length = math.sqrt(max(terms.bend * self._scale, 0.0))
-        elif self._settings.step_norm == "preconditioner":
-            length = math.sqrt(abs(terms.metric))
-        return limit / length if length > limit else 1.0
 
     def _search(self, step: Tensor, slope: float) -> Found:
         def evaluate(alpha: float) -> float:

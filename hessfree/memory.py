@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hessfree.report import StepReport
 from hessfree.vectors import ParameterVector
 
 
@@ -99,6 +100,21 @@ class Memory:
             The memory.
         """
         return dataclasses.replace(self, step=step, replayable=replayable, pending=None, solver={})
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a step decided.
+
+    Attributes:
+        memory: For the next step.
+        report: For the user.
+        ratio: ρ, NaN where unknown.
+    """
+
+    memory: Memory
+    report: StepReport
+    ratio: float
 
 
 def reduction_ratio(change: float, predicted: float, loss: float, dtype: torch.dtype) -> float:

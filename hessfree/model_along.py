@@ -43,6 +43,27 @@ class ModelAlong:
             bend=None if self.bend is None else square * self.bend,
         )
 
+    def shortening(self, limit: float | None, norm: str, scale: float) -> float:
+        """Return the factor that brings the step down to `limit`.
+
+        Args:
+            limit: The longest that it may be; None for any length.
+            norm: How long it is: "euclidean", "curvature" or "preconditioner".
+            scale: How many times the recorded loss's G the solver's matrix is.
+
+        Returns:
+            1 or less.
+        """
+        if limit is None:
+            return 1.0
+        length = self.norm
+        if norm == "curvature":
+            assert self.bend is not None
+            length = math.sqrt(max(self.bend * scale, 0.0))
+        elif norm == "preconditioner":
+            length = math.sqrt(abs(self.metric))
+        return limit / length if length > limit else 1.0
+
     def decay_change(self, alpha: float) -> float:
         """Return the exact change of the weight decay's ½‖θ‖² term at θ + α s."""
         return alpha * self.decay_slope + 0.5 * alpha**2 * self.decay_bend

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from hessfree.linearization import call_model
 from hessfree.operators.scipy_view import scipy_view
 from hessfree.operators.work import Work
-from hessfree.recording import CallTree, Cut, CutPlace, Owners, Path, RandomState, Trace, find_cut, make_cut, trace_loss
+from hessfree.recording import CallTree, Cut, Owners, Path, Trace, find_cut, make_cut, trace_loss
 from hessfree.rows import Counts
 from hessfree.vectors import ParameterVector
 
@@ -295,61 +293,9 @@ def trace_model(
     tree = CallTree(Owners(parameters), parameters.device, lambda _: True, keep_value)
     traced = trace_loss(lambda: loss_fn(call_model(model, inputs), targets), tree)
     check_loss(traced.loss, model)
-    traced.loss = traced.loss.clone()  # a mean may live in the memory of what it was taken of
+    with torch.enable_grad():
+        traced.loss = traced.loss.clone()  # a mean may live in the memory of what it was taken of
     return traced
-
-
-def trace_and_cut(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, parameters: ParameterVector
-) -> tuple[Trace, Cut]:
-    """Compute `loss_fn(model(inputs), targets)`, and find where the network ends and the loss begins.
-
-    The values that inner calls return are kept only where the last cut of `model` was, for each may be as large as what
-    autograd saves there. Where the cut has moved, the same computation is done once more, in the same world. The same
-    loss function of the same calls is cut where it was cut before.
-
-    Args:
-        model: A module.
-        loss_fn: Takes what the model returned, and `targets`; returns a scalar.
-        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        targets: Passed on to `loss_fn`.
-        parameters: The parameters.
-
-    Returns:
-        The loss with its graph and its calls, and the cut.
-
-    Raises:
-        ValueError: As `trace_model` and `cut_trace`.
-    """
-    random, known = RandomState.capture(parameters.device), _cuts.get(model)
-
-    def trace(paths: frozenset[Path]) -> Trace:
-        return trace_model(model, loss_fn, inputs, targets, parameters, lambda path: len(path) == 1 or path in paths)
-
-    traced = trace(frozenset() if known is None else known.place.paths)
-    if known is not None and known.loss() is loss_fn and known.signature == traced.signature():
-        cut = make_cut(traced, parameters, known.place)
-        if cut.tail.reach == known.reach:
-            return traced, cut
-    cut = cut_trace(traced, parameters)
-    if any(o.value is None for o in cut.outputs):
-        traced.buffers.restore()
-        random.restore()
-        traced = trace(cut.place.paths)
-        cut = make_cut(traced, parameters, cut.place)
-    with contextlib.suppress(TypeError):  # a loss function that cannot be referred to weakly is not remembered
-        _cuts[model] = _KnownCut(weakref.ref(loss_fn), traced.signature(), cut.tail.reach, cut.place)
-    return traced, cut
-
-
-class _KnownCut(NamedTuple):
-    loss: weakref.ref[Callable[[Any, Any], Tensor]]
-    signature: tuple[Any, ...]
-    reach: tuple[tuple[int, ...], tuple[int, ...]]
-    place: CutPlace
-
-
-_cuts: weakref.WeakKeyDictionary[nn.Module, _KnownCut] = weakref.WeakKeyDictionary()
 
 
 def check_loss(loss: Any, model: nn.Module) -> None:

@@ -16,9 +16,10 @@ from hessfree.linearization import (
     run_model,
 )
 from hessfree.losses import DiagonalForm, Form, OutputHessian
-from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace, trace_and_cut
+from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace
 from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.factored_root import FactoredRoot
+from hessfree.operators.known_cuts import trace_and_cut
 from hessfree.operators.root import ProductRoot
 from hessfree.operators.rows import unit_rows
 from hessfree.operators.work import Work

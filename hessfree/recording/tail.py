@@ -102,7 +102,7 @@ class Tail:
         self.gradients = [None] * len(self.outputs)
 
     def _differentiate(
-        self, sources: Sequence[Tensor | GradientEdge], weights: Sequence[Tensor] | None, create_graph: bool = False
+        self, sources: Sequence[Any], weights: Sequence[Tensor] | None, create_graph: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Return the derivatives of `sources` in the outputs and in the parameters, with all z held as variables."""
         along_z: list[Tensor | None] = [None] * len(self.outputs)
