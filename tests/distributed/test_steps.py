@@ -75,8 +75,8 @@ def test_bytes_are_those_derived(found: dict[str, Both]) -> None:
         # before forward and backward, with the loss, two at the set-up, after the solve, at the replay
         assert sent == 7 * status + 8 * iterations * numbers
     for sent, iterations in first["sharded"][1:]:
-        products = iterations * (numbers // 2 + numbers + 5)  # gather p, scatter Gp, inner products
-        assert sent == 7 * status + 8 * (products + 4 + numbers)  # and gather x and r
+        products = iterations * (numbers // 2 + numbers + 6)  # gather p, scatter Gp, inner products
+        assert sent == 7 * status + 8 * (products + 3 + numbers)  # and gather x and r
     assert first["defaults"][6] == (6 * status + 4 * 3 * numbers, 3)
     factors = 4**2 + 17**2 + 17**2 + 16**2 + 16**2 + 2 + 3  # A of each layer, S (of the last its diagonal), rows
     assert first["defaults"][7] == (10 * status + 4 * (3 * numbers + factors), 3)
