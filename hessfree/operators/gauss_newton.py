@@ -17,9 +17,8 @@ from hessfree.linearization import (
 )
 from hessfree.losses import DiagonalForm, Form, OutputHessian
 from hessfree.operators.base import LowRank, SymmetricOperator, cut_trace
-from hessfree.operators.divided_loss import trace_divided
 from hessfree.operators.factored_root import FactoredRoot
-from hessfree.operators.known_cuts import trace_and_cut
+from hessfree.operators.known_cuts import trace_in_parts
 from hessfree.operators.root import ProductRoot
 from hessfree.operators.rows import unit_rows
 from hessfree.operators.work import Work
@@ -134,18 +133,7 @@ class GaussNewton(SymmetricOperator):
         """
         check_backend(linearization)
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        divided, parts = None, list[slice]()
-        if microbatch is not None:
-            divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
-        if divided is None:
-            traced, cut = trace_and_cut(model, loss_fn, inputs, targets, parameters)
-        else:
-            traced, parts = divided
-            uncut = (
-                f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
-                "network; return what the loss is curved in (logits), or use microbatch=None"
-            )
-            cut = cut_trace(traced, parameters, uncut)
+        traced, cut, parts = trace_in_parts(model, loss_fn, inputs, targets, parameters, microbatch)
         cut.tail.forget_values()
         hessian = OutputHessian.of(cut)
         hessian.find_closed()  # before the residuals need memory of their own

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from hessfree.operators.base import cut_trace, trace_model
+from hessfree.operators.divided_loss import trace_divided
 from hessfree.recording import Cut, CutPlace, Path, RandomState, Trace, make_cut
 from hessfree.vectors import ParameterVector
 
@@ -55,6 +56,42 @@ def trace_and_cut(
     with contextlib.suppress(TypeError):  # a loss function that cannot be referred to weakly is not remembered
         _cuts[model] = _KnownCut(weakref.ref(loss_fn), traced.signature(), cut.tail.reach, cut.place)
     return traced, cut
+
+
+def trace_in_parts(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    parameters: ParameterVector,
+    microbatch: int | None,
+) -> tuple[Trace, Cut, Sequence[slice]]:
+    """Do as `trace_and_cut` does, with at most so many samples at a time.
+
+    Args:
+        model: A module.
+        loss_fn: Takes what the model returned, and `targets`; returns a scalar.
+        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        targets: Passed on to `loss_fn`.
+        parameters: The parameters.
+        microbatch: How many samples; None for all.
+
+    Returns:
+        The loss, the cut, and the parts of the batch: none where all samples are taken at a time.
+
+    Raises:
+        ValueError: As `trace_and_cut` and `trace_divided`.
+    """
+    divided = None
+    if microbatch is not None:
+        divided = trace_divided(model, loss_fn, inputs, targets, parameters, microbatch)
+    if divided is None:
+        return *trace_and_cut(model, loss_fn, inputs, targets, parameters), ()
+    uncut = (
+        f"the loss is linear in what {type(model).__name__} returned, where microbatch={microbatch} cuts the "
+        "network; return what the loss is curved in (logits), or use microbatch=None"
+    )
+    return divided[0], cut_trace(divided[0], parameters, uncut), divided[1]
 
 
 class _KnownCut(NamedTuple):
