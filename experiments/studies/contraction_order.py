@@ -242,8 +242,9 @@ def _draw_orders(axis: Any, chains: Sequence[Row]) -> None:
                 [row["n"] for row in own], *zip(*(row["quartiles_ms"] for row in own), strict=True), color=colour,
                 alpha=0.2,
             )  # fmt: skip
-    drawing.loglog(axis, "n, for [n, n] · [n, n/10] · [n/10, 1]", "ms")
-    axis.legend(frameon=False, fontsize=9)
+    if chains:
+        drawing.loglog(axis, "n, for [n, n] · [n, n/10] · [n/10, 1]", "ms")
+        axis.legend(frameon=False, fontsize=9)
     drawing.plain(axis, "(AB)C against A(BC)")
 
 

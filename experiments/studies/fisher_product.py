@@ -164,7 +164,9 @@ def note(scope: Scope) -> Iterator[Row]:
     for products in (1, 10) if scope.quick else (1, 10, 50):
         problem = _Problem(scope, (4, 64, 64, 1), samples, products)
         labels = {"products": products, "N": samples, "P": problem.size}
-        yield from scope.compare(labels, problem.forms(), problem.truth, unit=TRACED)
+        # J by rows takes the same half a minute for any number of products
+        forms = [form for form in problem.forms() if products == 1 or form.name != ROWS]
+        yield from scope.compare(labels, forms, problem.truth, unit=TRACED)
 
 
 def sizes(scope: Scope) -> Iterator[Row]:
