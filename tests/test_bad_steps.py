@@ -243,9 +243,7 @@ def test_a_product_that_is_not_finite_is_rejected() -> None:
 
 
 def test_a_step_that_makes_the_loss_worse_is_rejected_and_damping_grows() -> None:
-    model, optimizer, closure = optimizer_and_closure(
-        lr=50.0, damping=1e-3, damping_rule=LevenbergMarquardt(every=1)
-    )
+    model, optimizer, closure = optimizer_and_closure(lr=50.0, damping=1e-3, damping_rule=LevenbergMarquardt(every=1))
     before = flat(model.parameters())
     optimizer.step(closure)
     assert "the loss rose from" in optimizer.last_step.status

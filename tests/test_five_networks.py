@@ -33,6 +33,7 @@ from hessfree.preconditioners import (
     Woodbury,
 )
 from tests.preconditioners.pinn import curvature_of, poisson
+from tests.solvers.oracles import DenseOperator
 
 DOUBLE = torch.float64
 
@@ -106,16 +107,6 @@ PRECONDITIONERS: dict[str, Preconditioner] = {
 }
 
 
-class Damped:
-    """G + λI as a dense matrix."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.size, self.dtype, self.device = matrix, len(matrix), DOUBLE, matrix.device
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return self.matrix @ v
-
-
 class Row(NamedTuple):
     near: int
     nearer: int
@@ -150,7 +141,7 @@ def measured(name: str) -> dict[str, Row]:
         apply = preconditioner.inverse(state, parameters, 1.0, [shift] * len(parameters.params))
 
         def solve(tolerance: float, apply=apply):
-            return CG(max_iterations=5000, tolerance=tolerance).solve(Damped(matrix), rhs, 0.0, apply)
+            return CG(max_iterations=5000, tolerance=tolerance).solve(DenseOperator(matrix), rhs, 0.0, apply)
 
         error = float((solve(1e-12).value - expected).norm() / expected.norm())
         rows[words] = Row(solve(0.1).iterations, solve(0.01).iterations, error)

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ STEPS = 6
 
 class Killed(Exception):
     pass
+
+
+@pytest.fixture
+def ctrl_c() -> Generator[None]:
+    """Let SIGINT raise KeyboardInterrupt, which a process started in the background may ignore from birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def losses(run: Run) -> list[Any]:
@@ -90,6 +98,7 @@ def curves(out: Path) -> list[Any]:
     return [(run["optimizer"], run["step"], run["train_loss"], run["excess_loss"], run["sweep"]) for run in runs]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_and_resume(
     main: Callable[[list[str]], int],
     tmp_path: Path,
@@ -136,6 +145,7 @@ def test_ctrl_c_and_resume(
     assert "another seed" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_acts_as_usual() -> None:
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hessfree import CG, KFAC, ConstantDamping, GaussNewton, HessianFree, QuadraticModelMomentum
 from hessfree.preconditioners import Woodbury
 from tests.preconditioners.oracles import sample_of
+from tests.solvers.oracles import DenseOperator
 
 DOUBLE = torch.float64
 
@@ -78,14 +79,9 @@ def test_it_lies_between_kfac_and_the_truth() -> None:
     b = randn(len(dense), seed=3)
     plain = CG(max_iterations=200, tolerance=1e-10)
 
-    class Damped:
-        size, dtype, device = len(dense), DOUBLE, dense.device
-
-        def matvec(self, v: Tensor) -> Tensor:
-            return damped @ v
-
-    with_it = plain.solve(Damped(), b, 0.0, lambda r: found @ r)
-    without = plain.solve(Damped(), b, 0.0)
+    operator = DenseOperator(damped)
+    with_it = plain.solve(operator, b, 0.0, lambda r: found @ r)
+    without = plain.solve(operator, b, 0.0)
     expected = torch.linalg.solve(damped, b)
     assert (with_it.value - expected).norm() <= 1e-8 * expected.norm()
     assert with_it.iterations < without.iterations
