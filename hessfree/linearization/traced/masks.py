@@ -45,9 +45,10 @@ def _give_mask(node: fx.Node, varying: set[fx.Node]) -> None:
     if not isinstance(output, fx.Node) or output in varying or _is_kept(output, varying):
         return
     with node.graph.inserting_before(node):
-        closed = like(node.graph.call_function(A.le.Scalar, (output, threshold)), output)
-        closed.meta["dtype"] = torch.bool
-        found = like(node.graph.call_function(A.where.ScalarSelf, (closed, 0, gradient)), node)
+        opened = like(node.graph.call_function(A.gt.Scalar, (output, threshold)), output)
+        opened.meta["dtype"] = torch.bool
+        # a product, since `where` and `masked_fill` take four times as long on the CPU
+        found = like(node.graph.call_function(A.mul.Tensor, (gradient, opened)), node)
     replace(node, found)
 
 
