@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from typing import Literal, Protocol
 
 
 class DampingRule(Protocol):
     """Decides when ρ is wanted, and what it does to λ."""
 
+    @abstractmethod
     def wants_ratio(self, step: int) -> bool:
         """Tell whether the loss after step number `step` (from 1) should be evaluated."""
         ...
 
+    @abstractmethod
     def wants_next_loss(self, step: int) -> bool:
         """Tell whether ρ of step number `step` is to be taken from the loss with which the next step begins."""
         ...
 
+    @abstractmethod
     def next_damping(self, damping: float, ratio: float, rejected: bool) -> float:
         """Return λ for the next step.
 
@@ -33,7 +37,7 @@ class DampingRule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConstantDamping:
+class ConstantDamping(DampingRule):
     """λ stays what the parameter group says."""
 
     def wants_ratio(self, step: int) -> bool:
@@ -50,7 +54,7 @@ class ConstantDamping:
 
 
 @dataclasses.dataclass(frozen=True)
-class LevenbergMarquardt:
+class LevenbergMarquardt(DampingRule):
     """Shrink λ where the quadratic model predicted well, grow it where it did not (Martens 2010, sec. 4.1).
 
     Every `every`-th step: ρ > `high` gives λ ← ω^every λ, ρ < `low` or a rejected step λ ← λ / ω^every.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ class Found(NamedTuple):
 class LineSearch(Protocol):
     """Chooses α in θ + α s."""
 
+    @abstractmethod
     def search(self, evaluate: Callable[[float], float], loss: float, slope: float, wanted: bool) -> Found:
         """Choose α.
 
@@ -50,7 +52,7 @@ def rounding(loss: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class FullStep:
+class FullStep(LineSearch):
     """Take α = 1; where the loss is evaluated anyway, reject a step that made it worse."""
 
     def search(self, evaluate: Callable[[float], float], loss: float, slope: float, wanted: bool) -> Found:
@@ -76,7 +78,7 @@ class FullStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Armijo:
+class Armijo(LineSearch):
     """Backtrack from α = 1 until the loss falls by `decrease` times what its slope promises (Armijo 1966).
 
     Attributes:

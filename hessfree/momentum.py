@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -29,10 +30,12 @@ class Momentum(Protocol):
     """Combines the solver's direction with previous steps."""
 
     @property
+    @abstractmethod
     def history(self) -> int:
         """How many previous steps `combine` wants."""
         ...
 
+    @abstractmethod
     def combine(
         self,
         operator: SymmetricOperator,
@@ -57,7 +60,7 @@ class Momentum(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuadraticModelMomentum:
+class QuadraticModelMomentum(Momentum):
     """Minimise m(d) = ½ dᵀ(A + D)d − bᵀd over span{x, previous steps} (Martens & Grosse 2015, sec. 7).
 
     What the model needs is the curvature along and between its directions, for which G = JᵀHJ takes J alone, no Jᵀ:

@@ -8,6 +8,7 @@ hold it.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -106,14 +107,17 @@ class Preconditioner(Protocol):
     """Approximates (k G + D)⁻¹ for a diagonal D that may change at every step."""
 
     @property
+    @abstractmethod
     def taps(self) -> tuple[type[nn.Module], ...]:
         """The types of modules whose inputs `update` needs."""
         ...
 
+    @abstractmethod
     def due(self, state: State, step: int) -> bool:
         """Tell whether `update` wants a sample at step number `step`."""
         ...
 
+    @abstractmethod
     def update(self, state: State, sample: Sample, step: int) -> tuple[State, str | None]:
         """Learn from `sample`.
 
@@ -127,6 +131,7 @@ class Preconditioner(Protocol):
         """
         ...
 
+    @abstractmethod
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:
         """Return the map r ↦ M⁻¹ r.
 
@@ -141,6 +146,7 @@ class Preconditioner(Protocol):
         """
         ...
 
+    @abstractmethod
     def describe(self, state: State) -> str:
         """Return what a report says of it."""
         ...

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hessfree.preconditioners.base import Sample, State
+from hessfree.preconditioners.base import Preconditioner, Sample, State
 from hessfree.solvers import Map
 from hessfree.vectors import ParameterVector
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(Preconditioner):
     """M = I: plain conjugate gradients."""
 
     @property

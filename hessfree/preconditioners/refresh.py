@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from hessfree.preconditioners.base import State
+from hessfree.preconditioners.base import Preconditioner, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refresh:
+class Refresh(Preconditioner):
     """Learn at every step for the first updates, and then every so many steps.
 
     The network changes fastest at the beginning, and what was learned of it ages as fast.

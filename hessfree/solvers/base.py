@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -65,10 +66,12 @@ class Solver(Protocol):
     """
 
     @property
+    @abstractmethod
     def uses_preconditioner(self) -> bool:
         """Whether `solve` looks at its preconditioner at all."""
         ...
 
+    @abstractmethod
     def solve(
         self,
         operator: SymmetricOperator,

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from hessfree.operators import SymmetricOperator
-from hessfree.solvers.base import Map, Solution, Status
+from hessfree.solvers.base import Map, Solution, Solver, Status
 from hessfree.solvers.forcing import Forcing
 from hessfree.solvers.iterations import Row, Run
 
 
 @dataclasses.dataclass(frozen=True)
-class CG:
+class CG(Solver):
     """Conjugate gradients by products alone.
 
     Attributes:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hessfree.operators import SymmetricOperator
-from hessfree.solvers.base import Map, Solution, Status
+from hessfree.solvers.base import Map, Solution, Solver, Status
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseCholesky:
+class DenseCholesky(Solver):
     """Form the P×P matrix, factor it, solve: N·C·P² + P³/3 operations and P² numbers of memory.
 
     Attributes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from typing import Protocol
 
 
 class Forcing(Protocol):
     """Chooses the relative residual ‖b − (A + D)x‖/‖b‖ that ends a solve."""
 
+    @abstractmethod
     def tolerance(self, norm: float, last_norm: float | None, last_tolerance: float | None) -> float:
         """Return η, with 0 <= η < 1.
 
@@ -28,7 +30,7 @@ class Forcing(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EisenstatWalker:
+class EisenstatWalker(Forcing):
     """η = γ (‖b‖/‖last b‖)^α, not to fall faster than γ (last η)^α while that exceeds 0.1.
 
     Choice 2 with the safeguards of Eisenstat & Walker 1996 (sec. 2.1).
@@ -84,7 +86,7 @@ class EisenstatWalker:
 
 
 @dataclasses.dataclass(frozen=True)
-class RootGradientNorm:
+class RootGradientNorm(Forcing):
     """η = min(½, √‖b‖) (Nocedal & Wright 2006, algorithm 7.1): superlinear, and in the units of the loss.
 
     Attributes:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hessfree.operators import Root, SymmetricOperator
-from hessfree.solvers.base import Map, Solution, Status
+from hessfree.solvers.base import Map, Solution, Solver, Status
 
 SMALLEST_RATIO = 16  # of the damping to the trace of G, in units of rounding: below it the sums are in float64
 
 
 @dataclasses.dataclass(frozen=True)
-class GramCholesky:
+class GramCholesky(Solver):
     """Solve (UᵀU + D) x = b in the space of the rows of U = BᵀJ `[R, P]`, where R = N·C and JᵀHJ = UᵀU.
 
     The push-through identity (Woodbury 1950) moves the inverse to the other side,

@@ -12,7 +12,7 @@ from hessfree.operators import Sharded, SymmetricOperator
 from hessfree.solvers.base import Map, Solution, Solver
 
 
-class OnShards:
+class OnShards(Solver):
     """Solves (A + D) x = b with all vectors of `solver` divided among ranks.
 
     Conjugate gradients hold five (b, x, r, p and Ap), which makes 5P / ranks numbers. Whole for the time of a product
