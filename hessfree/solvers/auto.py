@@ -28,7 +28,7 @@ DIRECT = 1.3e-3  # seconds that a direct form takes at least
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoSolver:
+class AutoSolver(Solver):
     """Solve by CG, by the dense matrix or by the Gram matrix: whichever should take the least time.
 
     The three give the same step to rounding (CG to its tolerance). The choice is a function of shapes, dtypes and
