@@ -35,7 +35,7 @@ from torch.func import functional_call, jacfwd, jacrev, jvp, vjp, vmap
 
 from experiments.models import ToyMLP
 from experiments.studies import drawing
-from experiments.studies.base import Form, Row, Scope, Study
+from experiments.studies.base import Form, Row, Scope, Study, UnavailableError
 from experiments.studies.solve_forms import perceptron
 from experiments.studies.text import error, markdown, memory, milliseconds, number
 from hessfree import JacobianGram
@@ -143,7 +143,10 @@ def _ours(model: nn.Module, x: Tensor, form: GramForm) -> Callable[[], Callable[
         return JacobianGram.from_model(model, x, form=form).to_dense()
 
     def prepare() -> Callable[[], Tensor]:
-        call()  # the trace is made once
+        try:
+            call()  # the trace is made once
+        except ValueError as reason:
+            raise UnavailableError(str(reason)) from reason
         return call
 
     return prepare
