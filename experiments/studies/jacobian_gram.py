@@ -134,7 +134,7 @@ def networks(scope: Scope) -> Iterator[Row]:
 
 # width, samples, outputs: rows of K at one network, then parameters at one number of rows, then several outputs
 _GRID = (
-    [(64, n, 1) for n in (64, 256, 1024, 2048)] + [(w, 256, 1) for w in (16, 256, 768)] + [(64, 128, c) for c in (2, 8)]
+    [(64, n, 1) for n in (64, 256, 1024, 2048)] + [(w, 256, 1) for w in (16, 256, 512)] + [(64, 128, c) for c in (2, 8)]
 )
 
 

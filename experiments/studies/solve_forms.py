@@ -1,6 +1,7 @@
 """Networks on which the three forms of a damped Gauss-Newton step are timed, and what the cost model says of them."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ QUICK: dict[str, Case] = {
 
 
 def measure(scope: Scope, cases: Mapping[str, Case]) -> Iterator[Row]:
-    """Time one damped solve in each form, for a gradient as right-hand side.
+    """Time one damped step in each form at a new θ, for a gradient as right-hand side: linearise, then solve.
+
+    (A product lets the graph go that rows of J come from, so that an operator serves one step.)
 
     A form that is expected to take a second, and a hundred times as long as the best, is left out and said to be.
 
@@ -104,14 +107,15 @@ def measure(scope: Scope, cases: Mapping[str, Case]) -> Iterator[Row]:
         x = scope.randn(generator, *shape)
         with torch.no_grad():
             noise = scope.randn(generator, model(x).numel())
-        operator = GaussNewton.from_loss(model, loss, x, noise)
+        build_operator = partial(GaussNewton.from_loss, model, loss, x, noise)
+        operator = build_operator()
         work = operator.work()
         expected = AUTO.expected_seconds(work)
         rhs = -operator.parameters.flatten(torch.autograd.grad(loss(model(x), noise), operator.parameters.params))
         forms, missing = [], []
         for form, solver in SOLVERS.items():
             if form in expected and (expected[form] < 1 or expected[form] < 100 * min(expected.values())):
-                call = _solving(solver, operator, rhs, warm=expected[form] < 1)
+                call = _solving(solver, build_operator, rhs, warm=expected[form] < 1)
                 forms.append(Form(form, call, _bytes(form, work.size, work.rows)))
             else:
                 why = (
@@ -132,9 +136,11 @@ def measure(scope: Scope, cases: Mapping[str, Case]) -> Iterator[Row]:
             yield blank | {"chosen": form == chosen, "best_ms": best}
 
 
-def _solving(solver: Solver, operator: GaussNewton, rhs: Tensor, warm: bool) -> Callable[[], Callable[[], Tensor]]:
+def _solving(
+    solver: Solver, build: Callable[[], GaussNewton], rhs: Tensor, warm: bool
+) -> Callable[[], Callable[[], Tensor]]:
     def call() -> Tensor:
-        return solver.solve(operator, rhs, DAMPING).value
+        return solver.solve(build(), rhs, DAMPING).value
 
     def prepare() -> Callable[[], Tensor]:
         if warm:
