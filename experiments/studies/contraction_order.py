@@ -236,8 +236,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 def _draw_orders(axis: Any, chains: Sequence[Row]) -> None:
     for form, colour in ((LEFT, drawing.SECOND), (RIGHT, drawing.OURS), ("torch.linalg.multi_dot", drawing.GREY)):
         own = [row for row in chains if row["form"] == form]
+        style = "o-" if form in _ORDER else "x:"
         if own:
-            axis.plot([row["n"] for row in own], [row["median_ms"] for row in own], "o-", color=colour, label=form)
+            axis.plot([row["n"] for row in own], [row["median_ms"] for row in own], style, color=colour, label=form)
             axis.fill_between(
                 [row["n"] for row in own], *zip(*(row["quartiles_ms"] for row in own), strict=True), color=colour,
                 alpha=0.2,
