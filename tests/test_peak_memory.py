@@ -21,7 +21,7 @@ def perceptron() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 def images() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 64, 5))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
     return model, nn.CrossEntropyLoss(), torch.randn(32, 3, 32, 32), torch.randint(5, (32,))
 
 
@@ -59,9 +59,7 @@ def test_a_product_holds_little_more_than_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("preconditioner", [Identity(), KFAC()], ids=["no preconditioner", "K-FAC"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_holds_less_than_two_gradients(name: str, preconditioner: Preconditioner) -> None:
-    if name == "images" and isinstance(preconditioner, KFAC):
-        pytest.skip("K-FAC sees every patch of an image, nine times as many numbers as the image has")
+def test_a_step_holds_few_gradients(name: str, preconditioner: Preconditioner) -> None:
     torch.manual_seed(0)
     model, loss_fn, inputs, targets = MODELS[name]()
     optimizer = HessianFree(model.parameters(), preconditioner=preconditioner)
@@ -75,7 +73,9 @@ def test_a_step_holds_less_than_two_gradients(name: str, preconditioner: Precond
     for _ in range(2):  # trace and find the cut
         optimizer.step(closure)
     step = peak_bytes(lambda: optimizer.step(closure))
-    assert step / gradient_bytes(model, loss_fn, inputs, targets) <= 2.0
+    # K-FAC, which learns at the first steps, sees every patch of an image: nine times as many numbers as the image has
+    bound = 3.0 if name == "images" and isinstance(preconditioner, KFAC) else 2.0
+    assert step / gradient_bytes(model, loss_fn, inputs, targets) <= bound
 
 
 class Watched(nn.Module):
