@@ -78,6 +78,32 @@ def test_a_step_holds_few_gradients(name: str, preconditioner: Preconditioner) -
     assert step / gradient_bytes(model, loss_fn, inputs, targets) <= bound
 
 
+def test_a_step_that_learns_nothing_copies_no_factor() -> None:
+    torch.manual_seed(0)
+    width = 600  # wider than K-FAC decomposes in full
+    model = nn.Sequential(nn.Linear(width, 8), nn.Linear(8, 2))
+    inputs, targets = torch.randn(32, width), torch.randn(32, 2)
+    optimizer = HessianFree(model.parameters(), damping_rule=LevenbergMarquardt(every=1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    learned = optimizer.state["hessfree"]["preconditioner"]
+    step = peak_bytes(lambda: optimizer.step(closure))
+    assert optimizer.state["hessfree"]["preconditioner"] is learned
+    assert step <= 9 * gradient_bytes(model, nn.MSELoss(), inputs, targets)
+    factor = learned["blocks"][0]["inner"]
+    assert factor.shape == (width + 1, width + 1) and step <= 0.4 * factor.nbytes
+    # nor does the state hold the eigenvectors that were dropped
+    basis = learned["blocks"][0]["inner_basis"]
+    assert basis.untyped_storage().nbytes() == basis.nbytes < 0.2 * factor.nbytes
+
+
 class Watched(nn.Module):
     """Holds weak references to what only autograd keeps alive: the inputs of an activation."""
 

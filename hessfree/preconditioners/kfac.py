@@ -173,7 +173,8 @@ class KFAC(AveragedRefresh):
         wide = a.ndim == 2 and a.shape[-1] > self.wide
         if old is not None and not exact:
             # a wide factor was last taken at half as many updates, so both halves weigh the same
-            a = torch.lerp(a, old["inner"], (updates.bit_length() - 1) / updates.bit_length() if wide else keep)
+            share = (updates.bit_length() - 1) / updates.bit_length() if wide else keep
+            a.lerp_(old["inner"], share)  # in place: it is this batch's, and may be larger than the rest of the step
         return KroneckerBlock.of(layer.place, a, s, self.rank if wide else None)
 
     def inverse(self, state: State, parameters: ParameterVector, scale: float, shifts: Sequence[float]) -> Map | None:

@@ -75,7 +75,7 @@ class KroneckerBlock:
         else:
             a, basis = _eigenform(inner, place.groups)
             if rank is not None and basis is not None:  # eigenvalues ascend
-                a, basis = a[..., -rank:], basis[..., -rank:]
+                a, basis = a[..., -rank:], basis[..., -rank:].clone()  # a view would keep the others in memory
                 trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
                 flat = ((trace - a.sum(-1)) / max(inner.shape[-1] - rank, 1)).clamp_min(0)
         s, outer_basis = _eigenform(outer, place.groups)
@@ -153,7 +153,11 @@ def kronecker_inverse(
             write_matrix(block, matrix, out)
         for i, s in scales.items():
             out[i] = pieces[i] * s
-        return parameters.flatten(out)
+        whole = torch.empty_like(r)
+        for view, piece in zip(parameters.views(whole), out, strict=True):
+            assert piece is not None
+            view.copy_(piece.reshape(view.shape))  # what is next to a bias is a view, and would be copied twice
+        return whole
 
     return apply
 
@@ -163,11 +167,17 @@ def _turn(matrix: Tensor, block: Mapping[str, Any], inverse: Tensor, tail: Tenso
     inner, outer = block["inner_basis"], block["outer_basis"]
     if outer is not None:
         matrix = outer.mT @ matrix
-    turned = (matrix if inner is None else matrix @ inner) * inverse
-    turned = turned if inner is None else turned @ inner.mT
+    # no name holds on to what is used up: for a wide layer it is as large as all other vectors of an iteration
     if tail is not None:
-        turned = turned.addcmul_(matrix, tail.expand_as(matrix))
-    return turned if outer is None else outer @ turned
+        assert inner is not None
+        turned = (matrix @ inner).mul_(inverse) @ inner.mT
+        matrix = turned.addcmul_(matrix, tail.expand_as(matrix))
+    elif inner is None:
+        matrix = matrix * inverse
+    else:
+        matrix = matrix @ inner
+        matrix = matrix.mul_(inverse) @ inner.mT
+    return matrix if outer is None else outer @ matrix
 
 
 def matrix_of(block: Mapping[str, Any], pieces: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:

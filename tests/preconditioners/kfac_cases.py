@@ -68,6 +68,38 @@ class Scaled(nn.Module):
         return self.layer(torch.tanh(self.scale * x))
 
 
+class Twice(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(3, 4, dtype=DOUBLE), nn.Linear(4, 4, dtype=DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(torch.tanh(self.first(x)))))
+
+
+class Mixing(nn.Module):
+    """Positions that look at each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4, dtype=DOUBLE), nn.Linear(4, 3, dtype=DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last((h @ h.mT).softmax(-1) @ h)
+
+
+MODELS: dict[str, Any] = {
+    "mlp": lambda: (mlp(3, 4, 4, 3), randn(6, 3, seed=3)),
+    "no bias": lambda: (mlp(3, 4, 3, bias=False), randn(6, 3, seed=3)),
+    "leading dimensions": lambda: (mlp(3, 4, 3), randn(4, 2, 3, seed=3)),
+    "called twice": lambda: (Twice(), randn(5, 3, seed=3)),
+    "mixing": lambda: (Mixing(), randn(3, 4, 3, seed=3)),
+}
+
+
 def mixed_state() -> tuple[Sample, dict[str, Any], nn.Module, Tensor]:
     torch.manual_seed(1)
     model, x = nn.Sequential(Scaled(), nn.Tanh(), nn.Linear(3, 2, bias=False, dtype=DOUBLE)), randn(8, 3, seed=11)
@@ -78,7 +110,7 @@ def mixed_state() -> tuple[Sample, dict[str, Any], nn.Module, Tensor]:
 def bits(state: Any) -> Any:
     """Turn a state into something that compares bit for bit, with types, dtypes and strides."""
     if isinstance(state, Tensor):
-        return (state.dtype, state.shape, state.stride(), state.contiguous().view(torch.uint8).tolist())
+        return (state.dtype, state.shape, state.stride(), state.contiguous().reshape(-1).view(torch.uint8).tolist())
     if isinstance(state, dict):
         return {key: bits(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
