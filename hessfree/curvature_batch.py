@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
-from hessfree.linearization import batch_size, chunks_of, single_root
+from hessfree.linearization import batch_size, chunks_of, single_root, without_samples
 from hessfree.recording import Cut, Recording
 
 SMALLEST_SHARE = 256  # a share of the batch never means fewer samples: below that curvature is noise
@@ -111,12 +108,9 @@ def _indivisible(recording: Recording, cut: Cut, setting: str) -> str | None:
     root, reason = single_root(recording.roots, cut.calls)
     if root is None:
         return reason
-    count = batch_size(cut.outputs)
-    inputs = [t for t in tree_leaves((root.inputs, root.keywords)) if isinstance(t, Tensor)]
-    if not any(t.ndim and t.shape[0] == count for t in inputs):
+    reason = without_samples(root, batch_size(cut.outputs))
+    if reason:
         raise ValueError(
-            f"{setting} divides the batch along dimension 0: the outputs have {count} there, but the inputs of "
-            f"{type(root.module).__name__} have shapes {[tuple(t.shape) for t in inputs]}; use "
-            f"{setting.partition('=')[0]}=None"
+            f"{setting} divides the batch along dimension 0, but {reason}; use {setting.partition('=')[0]}=None"
         )
     return None

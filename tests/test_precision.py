@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfree import CG, KFAC, ConstantDamping, HessianFree, Identity, Woodbury
+from hessfree import CG, KFAC, ConstantDamping, GaussNewton, HessianFree, Identity, Woodbury
 from hessfree.curvature import Curvature
 from tests.coverage.study import watched
 
@@ -76,6 +76,27 @@ def test_products_are_in_the_precision_of_the_parameters(name: str, around: bool
     assert found.dtype == torch.float32
     assert asymmetry(found) <= 1e-6
     assert float((found - exact).norm()) <= 0.02 * float(exact.norm())  # H is taken at outputs that were rounded
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("microbatch", [7, 24])
+def test_products_of_a_part_at_a_time_are_as_precise(name: str, microbatch: int) -> None:
+    found, chosen = seen_in_a_step(network(), LOSSES[name], microbatch=microbatch)
+    whole, _ = seen_in_a_step(network(), LOSSES[name])
+    assert chosen == "traced"
+    assert asymmetry(found) <= 1e-6
+    assert float((found - whole).norm()) <= 1e-6 * float(whole.norm())
+
+
+@pytest.mark.parametrize("tail", [None, nn.LayerNorm(5)])
+def test_an_operator_under_autocast_is_as_precise_in_parts(tail: nn.Module | None) -> None:
+    model, x, y = network(tail), torch.randn(24, 6), torch.randn(24, 5)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = GaussNewton.from_loss(model, F.mse_loss, x, y) @ v
+        found = GaussNewton.from_loss(model, F.mse_loss, x, y, microbatch=7) @ v
+    assert found.dtype == torch.float32
+    assert float((found - whole).norm()) <= 1e-6 * float(whole.norm())
 
 
 @pytest.mark.parametrize("backend", ["auto", "graph"])

@@ -8,7 +8,7 @@ from hessfree.linearization.chunked import (
     linearize_in_chunks,
 )
 from hessfree.linearization.divided import run_divided
-from hessfree.linearization.evaluation import Evaluation, batch_size, single_root
+from hessfree.linearization.evaluation import Evaluation, batch_size, single_root, without_samples
 from hessfree.linearization.functional import FunctionalLinearization
 from hessfree.linearization.graph import GraphLinearization
 from hessfree.linearization.models import call_model, linearize, linearize_recorded, run_model
@@ -40,4 +40,5 @@ __all__ = [
     "run_divided",
     "run_model",
     "single_root",
+    "without_samples",
 ]

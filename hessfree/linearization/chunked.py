@@ -13,7 +13,7 @@ from hessfree.linearization.select import choose
 from hessfree.linearization.traced import TraceCache
 from hessfree.losses import Form
 from hessfree.recording import Output, space_of
-from hessfree.vectors import ParameterVector
+from hessfree.vectors import FlatSpace, ParameterVector
 
 
 class ChunkedLinearization:
@@ -32,7 +32,12 @@ class ChunkedLinearization:
     stands_alone = False
 
     def __init__(
-        self, name: str, chunks: Sequence[slice], outputs: Sequence[Output], linearize: Callable[[slice], Linearization]
+        self,
+        name: str,
+        chunks: Sequence[slice],
+        outputs: Sequence[Output],
+        dtypes: Sequence[torch.dtype],
+        linearize: Callable[[slice], Linearization],
     ) -> None:
         """Take the chunks.
 
@@ -40,11 +45,13 @@ class ChunkedLinearization:
             name: The back end that linearises them.
             chunks: Which samples each has: slices that follow each other from 0 without gaps.
             outputs: z as recorded, of these samples and perhaps of more.
+            dtypes: Of the chunks' outputs; recorded under autocast, z may have been rounded to others.
             linearize: Evaluates the network on some samples and returns its linearisation, which is dropped after
                 one product.
         """
         self.name = name
-        self.space = space_of(outputs).of_rows(slice(0, chunks[-1].stop))
+        recorded = space_of(outputs).of_rows(slice(0, chunks[-1].stop))
+        self.space = FlatSpace(recorded.shapes, dtypes, recorded.device)
         self._chunks, self._outputs, self._linearize = tuple(chunks), tuple(outputs), linearize
 
     @property
@@ -135,13 +142,14 @@ def linearize_in_chunks(
             )
         return found
 
-    names = []
+    facts = []
     for rows in chunks:
         found = choose(backend, evaluation_of(rows), parameters, traces, refuse)
         if found is None:
             return None
-        names.append(found.name)
-    return ChunkedLinearization(names[0], chunks, evaluation_of(chunks[0]).outputs, linearize)
+        facts.append((found.name, found.space.dtypes))
+    name, dtypes = facts[0]
+    return ChunkedLinearization(name, chunks, evaluation_of(chunks[0]).outputs, dtypes, linearize)
 
 
 def chunks_of(count: int, size: int, start: int = 0) -> list[slice]:

@@ -119,7 +119,10 @@ class _Runner:
             return True
         known = whole[rows] if _has_samples(whole, self._count) else whole
         if known.dtype.is_floating_point:
-            return same_numbers(new, known, whole.detach().abs().max())
+            assert self._first is not None
+            rounded = [torch.finfo(dtype).eps for _, dtype in self._first.autocast]
+            tolerance = max(torch.finfo(known.dtype).eps, *rounded, 0.0) ** 0.5
+            return same_numbers(new, known, whole.detach().abs().max(), tolerance)
         return torch.equal(new, known)
 
     def recorded(self, leaves: list[Any]) -> Divided:
@@ -176,4 +179,4 @@ def _bare(call: Call, output: Output) -> Call:
     """Return the same calls without arguments, and with `output` in the place of each of theirs."""
     outputs = (output,) * len(call.outputs)
     children = [_bare(child, output) for child in call.children]
-    return Call(call.module, (), {}, outputs, children, call.path, call.random)
+    return Call(call.module, (), {}, outputs, children, call.path, call.random, call.autocast)

@@ -88,6 +88,25 @@ def single_root(roots: Sequence[Call], calls: Sequence[Call]) -> tuple[Call | No
     return root, ""
 
 
+def without_samples(root: Call, count: int) -> str:
+    """Return why a call cannot be made on some of its samples alone, or an empty string.
+
+    Args:
+        root: The call.
+        count: N, the number of samples that its outputs have along dimension 0.
+
+    Returns:
+        The reason: none of its arguments has as many along dimension 0.
+    """
+    inputs = [t for t in tree_leaves((root.inputs, root.keywords)) if isinstance(t, Tensor)]
+    if any(t.ndim and t.shape[0] == count for t in inputs):
+        return ""
+    return (
+        f"there are {count} samples along dimension 0 of the outputs, but the inputs of {type(root.module).__name__} "
+        f"have shapes {[tuple(t.shape) for t in inputs]}"
+    )
+
+
 def same_numbers(new: Tensor, known: Tensor, largest: Tensor, tolerance: float | None = None) -> bool:
     """Tell whether two evaluations of the same samples gave the same.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hessfree.linearization import check_backend, linearize_recorded
 from hessfree.losses import OutputHessian
-from hessfree.operators.base import cut_trace, trace_model
+from hessfree.operators.base import cut_trace
 from hessfree.operators.independence import check_independent
+from hessfree.operators.known_cuts import trace_in_parts
 from hessfree.operators.outer_products import OuterProducts
 from hessfree.vectors import ParameterVector
 
@@ -43,10 +44,12 @@ class EmpiricalFisher(OuterProducts):
         *,
         terms: float | None = None,
         linearization: str = "auto",
+        microbatch: int | None = None,
+        compile: bool = False,
     ) -> EmpiricalFisher:
         """Return the empirical Fisher matrix of `loss_fn(model(inputs), targets)` at the present parameters.
 
-        That samples do not meet in the network or in the loss is found out by two more runs of the model.
+        That samples do not meet in the network or in the loss is found out by four more runs of the model.
 
         Args:
             model: A module with parameters that require grad; vectors follow their order.
@@ -56,6 +59,9 @@ class EmpiricalFisher(OuterProducts):
             terms: T, what the loss divides the sum over samples by. None for 1 where `loss_fn.reduction` is "sum", as
                 in torch's loss modules, and for the number of samples elsewhere.
             linearization: The back end, as for `GaussNewton`.
+            microbatch: Samples that the network is evaluated on at a time, as for `GaussNewton`; a product then costs
+                two forward passes more.
+            compile: Hand the trace to torch.compile; see `linearize`.
 
         Returns:
             The operator, positive semidefinite and of rank N at most.
@@ -63,23 +69,25 @@ class EmpiricalFisher(OuterProducts):
         Raises:
             ValueError: The network mixes samples (BatchNorm in train mode), or the loss does; or see
                 `GaussNewton.from_loss`; or the loss uses parameters directly; or `terms` is not positive.
-            LinearizationError: The back end was asked for by name and cannot be used.
+            LinearizationError: The back end was asked for by name and cannot be used; or the network mixes samples, and
+                `microbatch` is given.
         """
         check_backend(linearization)
         if terms is not None and not 0 < terms < math.inf:
             raise ValueError(f"terms={terms!r} must be positive and finite: what the loss divides the sum of terms by")
         parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        recorded = trace_model(model, loss_fn, inputs, targets, parameters)
-        cut = cut_trace(recorded, parameters)
+        recorded, cut, parts = trace_in_parts(model, loss_fn, inputs, targets, parameters, microbatch)
         if cut.tail.has_direct:
             raise ValueError(
                 "EmpiricalFisher needs the gradient of every sample, but the loss uses parameters directly (a weight "
                 "penalty?), and that part belongs to no sample; leave it out of loss_fn"
             )
-        network = linearize_recorded(linearization, model, recorded, cut.outputs, cut.calls, parameters)
         # the recorded outputs are of lower precision than the linearisation's where the loss was under autocast
         hessian = OutputHessian.of(cut)
-        check_independent(recorded, cut, hessian, parameters)
+        if hessian.vanishes():
+            cut_trace(recorded, parameters)  # the loss may have become linear since it was cut there
+        check_independent(recorded, cut, hessian, parameters, parts)
+        network = linearize_recorded(linearization, model, recorded, cut.outputs, cut.calls, parameters, parts, compile)
         if terms is None:
             terms = 1 if getattr(loss_fn, "reduction", None) == "sum" else cut.outputs[0].shape[0]
         gradient = hessian.space.flatten(cut.tail.gradients).to(network.space.dtype)

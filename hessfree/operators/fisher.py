@@ -30,7 +30,14 @@ class MonteCarloFisher(OuterProducts):
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, inputs: Any, *, samples: int = 1, seed: int = 0, linearization: str = "auto"
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        linearization: str = "auto",
+        compile: bool = False,
     ) -> MonteCarloFisher:
         """Return an estimate of JᵀJ, the Fisher matrix of outputs with unit variance.
 
@@ -40,6 +47,7 @@ class MonteCarloFisher(OuterProducts):
             samples: Draws for each sample. The variance falls as 1/samples, a product's cost does not rise.
             seed: Of the draws.
             linearization: The back end, as for `GaussNewton`.
+            compile: Hand the trace to torch.compile; see `linearize`.
 
         Returns:
             The operator, a sum (not a mean) over samples and outputs.
@@ -48,7 +56,8 @@ class MonteCarloFisher(OuterProducts):
             ValueError: See `GaussNewton.from_model`; or `samples` is not a positive integer.
         """
         check_samples(samples)
-        return cls._drawn(GaussNewton.from_model(model, inputs, linearization=linearization), samples, seed)
+        exact = GaussNewton.from_model(model, inputs, linearization=linearization, compile=compile)
+        return cls._drawn(exact, samples, seed)
 
     @classmethod
     def from_loss(
@@ -62,6 +71,7 @@ class MonteCarloFisher(OuterProducts):
         seed: int = 0,
         linearization: str = "auto",
         microbatch: int | None = None,
+        compile: bool = False,
     ) -> MonteCarloFisher:
         """Return an estimate of the Gauss-Newton matrix of `loss_fn(model(inputs), targets)`.
 
@@ -75,6 +85,7 @@ class MonteCarloFisher(OuterProducts):
             linearization: The back end, as for `GaussNewton`.
             microbatch: Samples that the network is evaluated on at a time, as for `GaussNewton`; a product then costs
                 two forward passes more.
+            compile: Hand the trace to torch.compile; see `linearize`.
 
         Returns:
             The operator, in the loss's own scale (a mean stays a mean).
@@ -85,7 +96,7 @@ class MonteCarloFisher(OuterProducts):
         """
         check_samples(samples)
         exact = GaussNewton.from_loss(
-            model, loss_fn, inputs, targets, linearization=linearization, microbatch=microbatch
+            model, loss_fn, inputs, targets, linearization=linearization, microbatch=microbatch, compile=compile
         )
         return cls._drawn(exact, samples, seed)
 

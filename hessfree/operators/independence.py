@@ -7,25 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from hessfree.linearization import Evaluation, batch_size, single_root
+from hessfree.linearization import Evaluation, batch_size, single_root, without_samples
 from hessfree.losses import OutputHessian
 from hessfree.recording import Cut, Trace
 from hessfree.vectors import ParameterVector
 
 
-def check_independent(recorded: Trace, cut: Cut, hessian: OutputHessian, parameters: ParameterVector) -> None:
+def check_independent(
+    recorded: Trace, cut: Cut, hessian: OutputHessian, parameters: ParameterVector, parts: Sequence[slice] = ()
+) -> None:
     """Raise unless the loss is a sum over samples, of which each depends on its own input alone.
 
-    The network is run twice more, with half of the inputs replaced, and the same random numbers: the outputs of the
-    other half must stay. The Hessian of the loss is multiplied by a vector that is zero in one half.
+    The network is run four times more, with half of the inputs replaced, and the same random numbers: the outputs of
+    the other half must stay. The Hessian of the loss is multiplied by vectors that are zero in one half.
 
     Args:
         recorded: A run of the network and its loss.
         cut: Its cut.
         hessian: Of the loss in z.
         parameters: The parameters.
+        parts: Which samples the network is run on at a time, where it was recorded so; empty for all.
 
     Raises:
         ValueError: It is not so, with the modules that mix samples by name, or it can't be found out.
@@ -35,46 +37,83 @@ def check_independent(recorded: Trace, cut: Cut, hessian: OutputHessian, paramet
     if count == 0:
         reason = f"the outputs of shapes {[tuple(o.shape) for o in cut.outputs]} share no dimension 0 for samples"
     elif root is not None:
-        inputs = [t for t in tree_leaves((root.inputs, root.keywords)) if isinstance(t, Tensor)]
-        if not any(t.ndim and t.shape[0] == count for t in inputs):
-            shapes = [tuple(t.shape) for t in inputs]
-            reason = f"there are {count} samples along dimension 0 of the outputs, but the inputs have shapes {shapes}"
+        reason = without_samples(root, count)
     if reason:
         raise ValueError(f"EmpiricalFisher needs the gradient of every sample, but {reason}; use MonteCarloFisher")
     assert root is not None
-    if count == 1 or not Evaluation(recorded, cut.outputs, cut.calls, parameters).finite():
+    if not Evaluation(recorded, cut.outputs, cut.calls, parameters).finite():
         return  # numbers that are not finite tell nothing
-    half = (count + 1) // 2
-    for kept in (slice(0, half), slice(half, count)):
-        if _Disturbed(recorded, cut.outputs, cut.calls, parameters, kept).network is None:
-            raise ValueError(
-                f"EmpiricalFisher needs the gradient of every sample, but {type(root.module).__name__} mixes the "
-                f"samples of a batch{_suspects(root.module)}; call model.eval(), or use MonteCarloFisher or "
-                "GaussNewton, which need no single samples"
-            )
-    w = hessian.space.zeros()
-    for piece in hessian.space.views(w):
-        piece[:half] = 1
-    if any(bool(piece[half:].any()) for piece in hessian.space.views(hessian.matvec(w))):
+    if _mixes(recorded, cut, parameters, parts or (slice(0, count),)):
+        raise ValueError(
+            f"EmpiricalFisher needs the gradient of every sample, but {type(root.module).__name__} mixes the "
+            f"samples of a batch{_suspects(root.module)}; call model.eval(), or use MonteCarloFisher or "
+            "GaussNewton, which need no single samples"
+        )
+    if _couples(hessian, count):
         raise ValueError(
             "EmpiricalFisher needs a loss that is a sum or mean over samples, but this one couples the outputs of "
             "different samples; use GaussNewton"
         )
 
 
+def _couples(hessian: OutputHessian, count: int) -> bool:
+    """Tell whether H leads from half of the samples to the other half."""
+    for half, others in _halves(count, hessian.space.device):
+        w = hessian.space.zeros()
+        for piece in hessian.space.views(w):
+            piece[half] = 1
+        if any(bool(piece[others].any()) for piece in hessian.space.views(hessian.matvec(w))):
+            return True
+    return False
+
+
+def _mixes(recorded: Trace, cut: Cut, parameters: ParameterVector, parts: Sequence[slice]) -> bool:
+    """Tell whether the outputs of half of the samples of some part change with the inputs of the other half."""
+    return any(
+        _Disturbed(recorded, cut, parameters, part, kept).network is None
+        for part in parts
+        for pair in _halves(part.stop - part.start, parameters.device)
+        for kept in pair
+    )
+
+
+def _halves(count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Divide samples in two: in order, and one of each two neighbours at random, for those may meet in pairs."""
+    if count == 1:
+        return []
+    first, second = torch.arange(count).chunk(2)
+    pairs = torch.arange(count - 1)[::2]
+    coins = torch.randint(0, 2, pairs.shape, generator=torch.Generator().manual_seed(0))
+    odd = torch.arange(2 * len(pairs), count)
+    divisions = [(first, second), (torch.cat([pairs + coins, odd]), pairs + 1 - coins)]
+    return [(one.to(device), other.to(device)) for one, other in divisions]
+
+
 class _Disturbed(Evaluation):
-    """The network on the whole batch, as recorded in some rows, and with one of these repeated in all others."""
+    """The network on a part of the batch: as recorded in some rows, and with one of these repeated in all others."""
+
+    def __init__(self, recorded: Trace, cut: Cut, parameters: ParameterVector, part: slice, kept: Tensor) -> None:
+        self._kept = kept  # numbers of the rows within the part
+        super().__init__(recorded, cut.outputs, cut.calls, parameters, part)
 
     def agrees(self, values: Sequence[Tensor | None]) -> bool:
         """See `Evaluation.agrees`; of the rows that are as recorded."""
-        return super().agrees([v[self.rows] if v is not None and v.ndim else None for v in values])
+        return super().agrees([self._seen(v, o.value) for v, o in zip(values, self.outputs, strict=True)])
+
+    def _seen(self, new: Tensor | None, whole: Tensor | None) -> Tensor | None:
+        if new is None or whole is None or new.shape != whole[self.rows].shape:
+            return None
+        out = whole[self.rows].clone()
+        out[self._kept] = new[self._kept]
+        return out
 
     def _part(self, leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch_size(self.outputs)):
+        rows = super()._part(leaf)
+        if rows is leaf:
             return leaf
-        kept = leaf.detach()[self.rows]
-        out = kept[:1].expand_as(leaf).clone(memory_format=torch.contiguous_format)
-        out[self.rows] = kept
+        kept = rows.detach()[self._kept]
+        out = kept[:1].repeat(len(rows), *[1] * (rows.ndim - 1))
+        out[self._kept] = kept
         return out
 
 

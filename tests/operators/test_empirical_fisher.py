@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hessfree import EmpiricalFisher
+from hessfree import EmpiricalFisher, GaussNewton, MonteCarloFisher
+from hessfree.linearization import ChunkedLinearization
 from tests.architectures import ConvNet, classes, mlp, randn
 from tests.networks import PROBLEMS, make
 from tests.oracle import error, truth
@@ -52,6 +53,38 @@ def test_matrix_products_and_diagonal(name: str) -> None:
     assert error(operator @ v, true @ v) <= 1e-10
     assert error(operator.quadratic_form(v[None]), (v @ true @ v)[None, None]) <= 1e-10
     assert float(torch.linalg.eigvalsh(operator.to_dense())[0]) >= -1e-12 * float(true.norm())
+
+
+@pytest.mark.parametrize("name", ["mean_squared_error", "weighted_cross_entropy", "segmentation"])
+@pytest.mark.parametrize("microbatch", [1, 2, 100])
+def test_part_by_part(name: str, microbatch: int) -> None:
+    problem = make(name)
+    true = second_moment(problem)
+    operator = empirical(problem, microbatch=microbatch)
+    assert isinstance(operator.linearization, ChunkedLinearization) is (microbatch < operator.samples)
+    v = randn(operator.size, seed=5)
+    assert error(operator.to_dense(), true) <= 1e-10
+    assert error(operator.diagonal(), true.diagonal()) <= 1e-10
+    assert error(operator @ v, true @ v) <= 1e-10
+
+
+@pytest.mark.parametrize("operator", [EmpiricalFisher, MonteCarloFisher])
+def test_compiled(operator: type[EmpiricalFisher | MonteCarloFisher], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def compiler(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return lambda *tensors: function(*tensors)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    problem = make("weighted_cross_entropy")
+    arguments = problem.model, problem.loss_fn, problem.inputs, problem.targets
+    plain = operator.from_loss(*arguments).to_dense()
+    assert not compiled
+    assert error(operator.from_loss(*arguments, compile=True).to_dense(), plain) <= 1e-12
+    assert compiled
+    with pytest.raises(ValueError, match="compile"):
+        operator.from_loss(*arguments, compile=True, linearization="graph")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -124,6 +157,32 @@ def test_any_other_mixing_is_found(causal: bool) -> None:
         EmpiricalFisher.from_loss(OverBatch(causal).double(), F.mse_loss, randn(6, 3), randn(6, 3))
 
 
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_samples_that_are_mixed_in_pairs(microbatch: int | None) -> None:
+    """The parts of the batch have other outputs nowhere, nor have its halves."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return h + h.view(-1, 2, 2).flip(1).view(-1, 2).tanh()
+
+    model, x, y = Pairs().double(), randn(8, 3), randn(8, 2)
+    true = GaussNewton.from_loss(model, F.mse_loss, x, y).to_dense()
+    assert error(GaussNewton.from_loss(model, F.mse_loss, x, y, microbatch=4).to_dense(), true) <= 1e-12
+    with pytest.raises(ValueError, match="Pairs mixes the samples of a batch"):
+        EmpiricalFisher.from_loss(model, F.mse_loss, x, y, microbatch=microbatch)
+
+    def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+        return (z - y).view(-1, 2, 2).sum(1).square().mean()
+
+    with pytest.raises(ValueError, match="couples the outputs of different samples"):
+        EmpiricalFisher.from_loss(mlp(3, 2), loss_fn, x, y, microbatch=microbatch)
+
+
 def test_a_recurrent_network_with_time_first() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -160,7 +219,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="linearization='best'"):
         EmpiricalFisher.from_loss(model, F.mse_loss, x, y, linearization="best")
     flat = nn.Sequential(*mlp(3, 4, 2), nn.Flatten(0))
-    with pytest.raises(ValueError, match=r"10 samples along dimension 0 .* inputs have shapes \[\(5, 3\)\]"):
+    with pytest.raises(ValueError, match=r"10 samples along .* the inputs of Sequential have shapes \[\(5, 3\)\]"):
         EmpiricalFisher.from_loss(flat, F.mse_loss, x, y.flatten())
 
     class Number(nn.Module):

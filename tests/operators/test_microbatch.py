@@ -62,9 +62,7 @@ def test_in_eval_mode_it_has_parts() -> None:
         problem = make(name)
         problem.model.eval()
         true = truth(problem).gauss_newton
-        operator = GaussNewton.from_loss(
-            problem.model, problem.loss_fn, problem.inputs, problem.targets, microbatch=2
-        )
+        operator = GaussNewton.from_loss(problem.model, problem.loss_fn, problem.inputs, problem.targets, microbatch=2)
         assert operator.linearization.name == "traced"
         v = randn(operator.size)
         assert error(operator @ v, true @ v) <= 1e-10
@@ -83,7 +81,8 @@ class Mixing(nn.Module):
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])
 @pytest.mark.parametrize(
-    "how", [lambda x: x.flip(0), lambda x: x - x.mean(0), lambda x: x.roll(1, 0), lambda x: x.cumsum(0)],
+    "how",
+    [lambda x: x.flip(0), lambda x: x - x.mean(0), lambda x: x.roll(1, 0), lambda x: x.cumsum(0)],
     ids=["flip", "mean", "roll", "cumsum"],
 )
 def test_every_way_to_mix_samples_is_found_out(how: Callable[[Tensor], Tensor], microbatch: int) -> None:
