@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hessfree import CG, DenseCholesky, GaussNewton, GramCholesky, HessianFree
-from hessfree.operators import FactoredRoot, Hessian
+from hessfree.operators import FactoredRoot, Hessian, LowRank
 from tests.architectures import DOUBLE, Attention, Recurrent, classes, mlp, randn
 from tests.networks import make
 from tests.oracle import error, truth
@@ -129,6 +129,39 @@ def test_steps_of_the_optimizer_are_the_same(seed: int) -> None:
             assert optimizer.last_step is not None and optimizer.last_step.accepted
             assert optimizer.last_step.solver_status == "solved directly"
         ends.append(optimizer._parameters.values())  # type: ignore[union-attr]
+    assert error(ends[1], ends[0]) <= 1e-8
+
+
+def test_networks_of_linear_layers_stay_in_factors_inside_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    low_rank = GaussNewton.low_rank
+
+    def listening(self: GaussNewton) -> LowRank:
+        found = low_rank(self)
+        words.append(getattr(found.root, "words", "products"))
+        return found
+
+    monkeypatch.setattr(GaussNewton, "low_rank", listening)
+    ends = []
+    for solver in (DenseCholesky(), GramCholesky()):
+        torch.manual_seed(0)
+        model = mlp(3, 6, 5, 2)
+        optimizer = HessianFree(model.parameters(), damping=0.05, solver=solver)
+
+        def closure(model: nn.Module = model, optimizer: HessianFree = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            x = randn(8, 3, seed=optimizer.last_step.step if optimizer.last_step else 0)
+            loss = F.mse_loss(model(x), x[:, :2].sin())
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+            report = optimizer.last_step
+            assert report is not None and report.accepted and report.backend == "traced"
+            assert report.solver_status == "solved directly"
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert words == ["layer factors"] * 5
     assert error(ends[1], ends[0]) <= 1e-8
 
 
