@@ -1,7 +1,9 @@
 """Densities in two dimensions that points are drawn from without end, E[u | x_t, t] of their paths in closed form."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,23 +12,47 @@ from experiments.data.base import Score
 from experiments.posteriors import mixture_velocity, squares_velocity
 
 
+class _Endless(ABC):
+    """A density in closed form, of which every draw is new.
+
+    Attributes:
+        score: The excess loss, which is known exactly here.
+        knows_expectation: It is in closed form.
+    """
+
+    score: ClassVar[Score] = "excess_loss"
+    knows_expectation: ClassVar[bool] = True
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw points `[n, D]`."""
+
+    def holdout(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw points: as new to training as `sample`'s, and drawn as they are.
+
+        Args:
+            n: How many.
+            generator: The source of randomness, on the CPU.
+
+        Returns:
+            Points, `[n, D]`, float32.
+        """
+        return self.sample(n, generator)
+
+
 @dataclass(frozen=True)
-class GaussianMixture:
+class GaussianMixture(_Endless):
     """Equally likely Gaussians with one spherical variance.
 
     Attributes:
         name: The name on the command line.
         means: Centres, `[K, D]`, float64.
         variance: Variance of each component along each axis.
-        score: The excess loss, which is known exactly here.
-        knows_expectation: It is in closed form.
     """
 
     name: str
     means: Tensor
     variance: float
-    score: Score = "excess_loss"
-    knows_expectation: bool = True
 
     @property
     def dim(self) -> int:
@@ -46,18 +72,6 @@ class GaussianMixture:
         centres = self.means.float()[torch.randint(len(self.means), (n,), generator=generator)]
         return centres + math.sqrt(self.variance) * torch.randn(n, self.dim, generator=generator)
 
-    def holdout(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw points; every draw of a streaming set is new, so these are `sample`'s.
-
-        Args:
-            n: How many.
-            generator: The source of randomness, on the CPU.
-
-        Returns:
-            Points, `[n, D]`, float32.
-        """
-        return self.sample(n, generator)
-
     def conditional_expectation(self, x_t: Tensor, t: Tensor, sigma: float = 0.0) -> Tensor:
         """Give E[u | x_t, t] in closed form.
 
@@ -73,22 +87,18 @@ class GaussianMixture:
 
 
 @dataclass(frozen=True)
-class UniformSquares:
+class UniformSquares(_Endless):
     """A uniform distribution over equal squares (cubes, if D > 2).
 
     Attributes:
         name: The name on the command line.
         corners: The lowest corner of each square, `[K, D]`, float64.
         side: Length of a side.
-        score: The excess loss, which is known exactly here.
-        knows_expectation: It is in closed form.
     """
 
     name: str
     corners: Tensor
     side: float
-    score: Score = "excess_loss"
-    knows_expectation: bool = True
 
     @property
     def dim(self) -> int:
@@ -107,18 +117,6 @@ class UniformSquares:
         """
         corners = self.corners.float()[torch.randint(len(self.corners), (n,), generator=generator)]
         return corners + self.side * torch.rand(n, self.dim, generator=generator)
-
-    def holdout(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw points; every draw of a streaming set is new, so these are `sample`'s.
-
-        Args:
-            n: How many.
-            generator: The source of randomness, on the CPU.
-
-        Returns:
-            Points, `[n, D]`, float32.
-        """
-        return self.sample(n, generator)
 
     def conditional_expectation(self, x_t: Tensor, t: Tensor, sigma: float = 0.0) -> Tensor:
         """Give E[u | x_t, t] in closed form.
