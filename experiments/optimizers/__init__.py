@@ -8,6 +8,7 @@ from experiments.optimizers.adam import AdamSettings, AdamWSettings
 from experiments.optimizers.base import CommonSettings, Settings
 from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
 from experiments.optimizers.dense import DenseFisherSettings
+from experiments.optimizers.first_order import FirstOrderSettings
 from experiments.optimizers.full_batch import FullBatchSettings
 from experiments.optimizers.gram import GramSettings
 from experiments.optimizers.hessian_free import HessianFreeSettings, RecipeSettings
@@ -24,6 +25,7 @@ __all__ = [
     "AdamWSettings",
     "CommonSettings",
     "DenseFisherSettings",
+    "FirstOrderSettings",
     "FullBatchSettings",
     "GramSettings",
     "HessianFreeSettings",

@@ -2,64 +2,29 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from experiments.optimizers.adam import first_order_defaults, found
-from experiments.optimizers.base import CommonSettings
-from experiments.problems import Problem
+from experiments.optimizers.first_order import FirstOrderSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonSettings(CommonSettings):
+class MuonSettings(FirstOrderSettings):
     """torch.optim.Muon (Jordan et al. 2024) on weight matrices, AdamW on all else, one learning rate for both.
 
     Muon's steps are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that
-    one rate, found by a sweep, suits both. Biases and the kernels of convolutions are no matrices, and AdamW's.
+    one rate suits both. Biases and the kernels of convolutions are no matrices, and AdamW's.
 
     Attributes:
-        lr: Learning rate; None: the best of `lr_grid`.
-        batch_size: Rows a step.
         weight_decay: Share of the weights that a step of rate 1 takes away.
     """
 
-    lr_grid: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
-
-    lr: float | None = None
-    batch_size: int = 1024
-    weight_decay: float = 0.0
-
-    @classmethod
-    def for_problem(cls, problem: Problem, **changes: Any) -> Self:
-        """Give the defaults.
-
-        Args:
-            problem: What is to be solved.
-            **changes: Settings that are to differ.
-
-        Returns:
-            Batches and warm-up as for Adam.
-        """
-        return cls(**first_order_defaults(problem) | changes)
-
-    def build(self, parameters: Iterable[nn.Parameter], seed: int) -> Optimizer:
-        """Build the optimizer.
-
-        Args:
-            parameters: What it trains.
-            seed: Not used: neither part draws anything.
-
-        Returns:
-            The optimizer.
-
-        Raises:
-            ValueError: If the learning rate has not been found yet.
-        """
+    def _at(self, lr: float, parameters: Iterable[nn.Parameter]) -> Optimizer:
         params = list(parameters)
-        rate: dict[str, Any] = {"lr": found(self.lr), "weight_decay": self.weight_decay}
+        rate: dict[str, Any] = {"lr": lr, "weight_decay": self.weight_decay}
         parts: list[Optimizer] = []
         if matrices := [p for p in params if p.dim() == 2]:
             parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rate))
