@@ -173,7 +173,7 @@ class Checkpoint:
         if stop or fresh or time.monotonic() - self._last > _EVERY_SECONDS:
             self._points = len(training.points)
             if self.path is not None:
-                self._content["running"] = {"optimizer": training.name, "state": training.state_dict()}
+                self._content["running"] = {"optimizer": training.task.name, "state": training.state_dict()}
                 self.save()
         if stop:
             raise Interrupted

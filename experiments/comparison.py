@@ -12,7 +12,7 @@ from experiments.checkpoint import Checkpoint
 from experiments.optimizers import Settings
 from experiments.problems import Problem
 from experiments.records import Budget, Observer, Point, Run, Trial
-from experiments.training import Training, Watch, train
+from experiments.training import Task, Training, Watch, train
 
 Trainer = Callable[..., Run]  # called as `train` is
 SWEEP_SHARE = 0.25  # of the budget, for each learning rate that is tried
@@ -56,16 +56,15 @@ def sweep(
     trials = checkpoint.trials_of(name)
     share = budget.share(SWEEP_SHARE)
     for lr in settings.lr_grid[len(trials) :]:
-        run = trainer(
+        task = Task(
             problem,
             f"{name}, lr {lr:g}",
             dataclasses.replace(cast(Any, settings), lr=lr),
             seed=seed + _SWEEP_SEED_OFFSET,
-            budget_seconds=share.seconds,
-            budget_steps=share.steps,
+            budget=share,
             moments=(),
-            watch=_both(watch, checkpoint.watch_trial),
         )
+        run = trainer(task, watch=_both(watch, checkpoint.watch_trial))
         trials.append(Trial(lr, run.final.losses[problem.score]))
         checkpoint.add_trial(name, trials[-1])
     return trials
@@ -130,17 +129,8 @@ def compare(
                 settings = dataclasses.replace(cast(Any, settings), lr=best.lr)
                 tried = ", ".join(f"{trial.lr:g}: {trial.score:.4g}" for trial in trials)
                 say(f"{name}: learning rates on seed {seed + _SWEEP_SEED_OFFSET}: {tried}; takes {best.lr:g}")
-            run = trainer(
-                problem,
-                name,
-                settings,
-                seed=seed,
-                budget_seconds=budget.seconds,
-                budget_steps=budget.steps,
-                observer=observer,
-                watch=_both(watch, checkpoint.watch),
-                state=checkpoint.state_of(name),
-            )
+            task = Task(problem, name, settings, seed=seed, budget=budget, observer=observer)
+            run = trainer(task, watch=_both(watch, checkpoint.watch), state=checkpoint.state_of(name))
             run = dataclasses.replace(run, sweep=tuple(trials))
             checkpoint.add_run(run)
         score = run.final.losses[problem.score]

@@ -5,10 +5,9 @@ from here are not to be compared with those of the plain loop.
 """
 
 import logging
-import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -17,17 +16,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from experiments.optimizers import Settings
-from experiments.problems import Problem
-from experiments.records import Budget, Observer, Run
-from experiments.training import Training, Watch
+from experiments.records import Run
+from experiments.training import Task, Training, Watch
 
 
 class _Lightning(Training):
     """A run whose rows are fetched ahead by a data loader: the place in the stream is that of the step."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
         self._fetched: deque[dict[str, Any]] = deque()  # the stream's state after each batch that waits
         self._place = self._stream_state()
 
@@ -88,7 +85,7 @@ class _Module(lightning.LightningModule):
         self._training.set_step_length()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._training.problem.loss(self.model, batch)
+        return self._training.task.problem.loss(self.model, batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         training = self._training
@@ -103,42 +100,19 @@ class _Module(lightning.LightningModule):
             training.clock.__enter__()
 
 
-def train_on_lightning(
-    problem: Problem,
-    name: str,
-    settings: Settings,
-    *,
-    seed: int,
-    budget_seconds: float = math.inf,
-    budget_steps: int | None = None,
-    moments: Sequence[float] | None = None,
-    observer: Observer | None = None,
-    watch: Watch | None = None,
-    state: dict[str, Any] | None = None,
-) -> Run:
+def train_on_lightning(task: Task, *, watch: Watch | None = None, state: dict[str, Any] | None = None) -> Run:
     """Train one network for a time, as `experiments.training.train` does.
 
     Args:
-        problem: What is solved.
-        name: What to call the optimizer.
-        settings: Its settings, with a learning rate.
-        seed: Fixes initial weights and data.
-        budget_seconds: Seconds of training, evaluation not counted; infinite if steps are counted.
-        budget_steps: Steps; None: seconds are counted.
-        moments: Ascending seconds (or steps) at which to evaluate; None: `evaluation_times`.
-        observer: Told of every point.
+        task: What is to be done.
         watch: Called after every step.
         state: Where to go on; None: at the start.
 
     Returns:
         The run; the losses at each step are those of the plain loop.
     """
-    budget = Budget(budget_seconds, budget_steps)
-    training = _Lightning(problem, name, settings, seed=seed, budget=budget, moments=moments, observer=observer)
-    if state is None:
-        training.record()
-    else:
-        training.load_state_dict(state)
+    training, device = _Lightning(task), task.problem.device
+    training.begin(state)
     if training.done:
         return training.run()
     rows = DataLoader(_Rows(training), batch_size=None, num_workers=0)
@@ -146,8 +120,8 @@ def train_on_lightning(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")  # drawing rows takes no time
         trainer = lightning.Trainer(
-            accelerator="gpu" if problem.device.type == "cuda" else problem.device.type,
-            devices=[problem.device.index or 0] if problem.device.type == "cuda" else 1,
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
             max_epochs=1,
             logger=False,
             enable_checkpointing=False,

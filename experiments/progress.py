@@ -43,7 +43,7 @@ class Progress:
         from tqdm import tqdm
 
         self._training = training
-        self._bar = tqdm(desc=training.name, total=1.0, bar_format=_FORMAT, leave=False, disable=None)
+        self._bar = tqdm(desc=training.task.name, total=1.0, bar_format=_FORMAT, leave=False, disable=None)
         self._bar.initial = min(training.fraction, 1.0)  # of a resumed run: the time left is that of the rest
 
     def close(self) -> None:

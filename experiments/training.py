@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from experiments.optimizers import Settings
 from experiments.problems import Problem
 from experiments.records import Budget, Observer, Point, Run, Trial, evaluation_times
 
-__all__ = ["Budget", "Observer", "Point", "Run", "Stopwatch", "Training", "Trial", "evaluation_times", "train"]
+__all__ = ["Budget", "Observer", "Point", "Run", "Stopwatch", "Task", "Training", "Trial", "evaluation_times", "train"]
 
 
 class Stopwatch:
@@ -46,10 +47,36 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._started
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one optimizer is to do.
+
+    Attributes:
+        problem: What is solved.
+        name: What to call the optimizer.
+        settings: Its settings, with a learning rate.
+        seed: Fixes initial weights and data.
+        budget: When to end.
+        moments: Ascending moments at which to evaluate, in the budget's own measure, besides the start and the end;
+            None: `evaluation_times`.
+        observer: Told of every point.
+    """
+
+    problem: Problem
+    name: str
+    settings: Settings
+    _: KW_ONLY
+    seed: int
+    budget: Budget
+    moments: Sequence[float] | None = None
+    observer: Observer | None = None
+
+
 class Training:
     """One run in progress: the model, its rows, its clock, and the points recorded so far.
 
     Attributes:
+        task: What is to be done.
         model: The network.
         optimizer: What trains it.
         steps: Steps made.
@@ -57,33 +84,16 @@ class Training:
         last_loss: Of the last step's batch; NaN before the first.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        name: str,
-        settings: Settings,
-        *,
-        seed: int,
-        budget: Budget,
-        moments: Sequence[float] | None = None,
-        observer: Observer | None = None,
-    ) -> None:
+    def __init__(self, task: Task) -> None:
         """Make the network and build the optimizer.
 
         Args:
-            problem: What is solved.
-            name: What to call the optimizer.
-            settings: Its settings, with a learning rate.
-            seed: Fixes initial weights and data.
-            budget: When to end.
-            moments: Ascending moments at which to evaluate, in the budget's own measure, besides the start and the
-                end; None: `evaluation_times`.
-            observer: Told of every point.
+            task: What is to be done.
         """
-        self.problem, self.name, self.settings, self.seed, self.budget = problem, name, settings, seed, budget
-        self._observer = observer
+        self.task = task
+        problem, settings, budget, seed = task.problem, task.settings, task.budget, task.seed
         total = budget.seconds if budget.steps is None else float(budget.steps)
-        self._due = [moment / total for moment in (evaluation_times(total) if moments is None else moments)]
+        self._due = [moment / total for moment in (evaluation_times(total) if task.moments is None else task.moments)]
         self.model = problem.initial_model(seed)
         self.points: list[Point] = []
         self.steps = 0
@@ -97,10 +107,21 @@ class Training:
             self.optimizer = settings.build(self.model.parameters(), seed)
             self._lrs = [group["lr"] for group in self.optimizer.param_groups]
 
+    def begin(self, state: dict[str, Any] | None = None) -> None:
+        """Evaluate the start, or go on where another run of the same task was.
+
+        Args:
+            state: From its `state_dict`; None: at the start.
+        """
+        if state is None:
+            self.record()
+        else:
+            self.load_state_dict(state)
+
     @property
     def fraction(self) -> float:
         """The share of the budget that is spent."""
-        return self.budget.fraction(self.clock.seconds, self.steps)
+        return self.task.budget.fraction(self.clock.seconds, self.steps)
 
     @property
     def done(self) -> bool:
@@ -109,12 +130,12 @@ class Training:
 
     def draw(self) -> Any:
         """Take the rows of a step."""
-        return self.stream.draw(self.settings.batch_size)
+        return self.stream.draw(self.task.settings.batch_size)
 
     def set_step_length(self) -> None:
         """Set the learning rates of the next step."""
         # The first step has full length even where building the optimizer took more than a tiny budget.
-        length = self.settings.step_length(self.fraction if self.steps else 0.0)
+        length = self.task.settings.step_length(self.fraction if self.steps else 0.0)
         for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * length
 
@@ -127,7 +148,7 @@ class Training:
 
             def closure() -> Tensor:
                 optimizer.zero_grad()
-                loss = self.problem.loss(self.model, batch)
+                loss = self.task.problem.loss(self.model, batch)
                 loss.backward()
                 return loss
 
@@ -157,22 +178,22 @@ class Training:
         """Evaluate, off the clock."""
         point = Point(
             step=self.steps,
-            samples=self.steps * self.settings.batch_size,
+            samples=self.steps * self.task.settings.batch_size,
             seconds=self.clock.seconds,
             train_loss=self._loss_sum / self._losses if self._losses else math.nan,
-            losses=self.problem.evaluate(self.model),
+            losses=self.task.problem.evaluate(self.model),
             internals=_internals(self.optimizer),
         )
         self._loss_sum, self._losses = 0.0, 0
         self.points.append(point)
-        if self._observer is not None:
-            self._observer(self.name, point, self.model)
+        if self.task.observer is not None:
+            self.task.observer(self.task.name, point, self.model)
 
     def run(self) -> Run:
         """Give what there is so far."""
         weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        points = tuple(self.points)
-        return Run(self.name, self.settings, self.seed, self.budget.seconds, points, weights=weights)
+        task, points = self.task, tuple(self.points)
+        return Run(task.name, task.settings, task.seed, task.budget.seconds, points, weights=weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything from which the run goes on as if nothing had happened; tensors are the live ones."""
@@ -215,43 +236,19 @@ def _internals(optimizer: Optimizer) -> dict[str, float]:
 Watch = Callable[[Training], None]  # called after every step, off the clock
 
 
-def train(
-    problem: Problem,
-    name: str,
-    settings: Settings,
-    *,
-    seed: int,
-    budget_seconds: float = math.inf,
-    budget_steps: int | None = None,
-    moments: Sequence[float] | None = None,
-    observer: Observer | None = None,
-    watch: Watch | None = None,
-    state: dict[str, Any] | None = None,
-) -> Run:
+def train(task: Task, *, watch: Watch | None = None, state: dict[str, Any] | None = None) -> Run:
     """Train one network for a time.
 
     Args:
-        problem: What is solved.
-        name: What to call the optimizer.
-        settings: Its settings, with a learning rate.
-        seed: Fixes initial weights and data.
-        budget_seconds: Seconds of training, evaluation not counted; infinite if steps are counted.
-        budget_steps: Steps; None: seconds are counted.
-        moments: Ascending seconds (or steps) at which to evaluate, besides the start and the end; None:
-            `evaluation_times`.
-        observer: Told of every point.
+        task: What is to be done.
         watch: Called after every step.
         state: From `Training.state_dict`: where to go on; None: at the start.
 
     Returns:
         The run.
     """
-    budget = Budget(budget_seconds, budget_steps)
-    training = Training(problem, name, settings, seed=seed, budget=budget, moments=moments, observer=observer)
-    if state is None:
-        training.record()
-    else:
-        training.load_state_dict(state)
+    training = Training(task)
+    training.begin(state)
     while not training.done:
         training.step()
         if watch is not None:

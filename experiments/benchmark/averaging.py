@@ -15,7 +15,7 @@ import torch
 from experiments.benchmark import floor, suite, tuning
 from experiments.environment import UsageError
 from experiments.problems import make
-from experiments.training import Budget, Training
+from experiments.training import Budget, Task, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ def run(job: FloorJob) -> list[dict[str, float]]:
 
 def _one(problem: Any, settings: Any, seed: int, steps: int) -> dict[str, float]:
     """Train once, and measure the floor at the averaged weights."""
-    training = Training(problem, suite.REFERENCE, settings, seed=seed, budget=Budget(steps=steps), moments=())
+    task = Task(problem, suite.REFERENCE, settings, seed=seed, budget=Budget(steps=steps), moments=())
+    training = Training(task)
     training.record()
     average = copy.deepcopy(training.model)
     taken = 0

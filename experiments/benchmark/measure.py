@@ -18,7 +18,7 @@ from experiments.comparison import load_torch_optimizers
 from experiments.environment import choose_device
 from experiments.optimizers import Settings
 from experiments.problems import Problem, make
-from experiments.training import Training
+from experiments.training import Task, Training
 
 Row = dict[str, Any]  # one run, as results.json has it
 
@@ -84,7 +84,8 @@ def perform(work: Work) -> Row:
     }
     pace = Pace(budget, work.pace)
     try:
-        training = Training(problem, work.optimizer, work.settings, seed=work.seed, budget=pace, moments=moments)
+        task = Task(problem, work.optimizer, work.settings, seed=work.seed, budget=pace, moments=moments)
+        training = Training(task)
         training.record()
         while not training.done:
             training.step()

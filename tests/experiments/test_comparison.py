@@ -10,6 +10,7 @@ from experiments.optimizers import AdamSettings, choose_settings
 from experiments.problems import Problem
 from experiments.problems.flow import FlowMatching
 from experiments.records import Budget, Point, Run
+from experiments.training import Task
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,10 @@ def problem() -> Problem:
 def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[float | None, int, float]] = []
 
-    def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
-        calls.append((settings.lr, int(how["seed"]), how["budget_seconds"]))
-        point = Point(1, 1, 1.0, 1.0, {"excess_loss": abs(settings.lr - 1e-2), "holdout_loss": 1.0})  # type: ignore[operator]
-        return Run(name, settings, int(how["seed"]), how["budget_seconds"], (point, point))
+    def train(task: Task, **how: object) -> Run:
+        calls.append((task.settings.lr, task.seed, task.budget.seconds))
+        point = Point(1, 1, 1.0, 1.0, {"excess_loss": abs(task.settings.lr - 1e-2), "holdout_loss": 1.0})  # type: ignore[operator]
+        return Run(task.name, task.settings, task.seed, task.budget.seconds, (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
     budget, nothing = Budget(8.0), Checkpoint(None, {})
@@ -41,10 +42,10 @@ def test_sweep_uses_another_seed_and_less_time(problem: Problem, monkeypatch: py
 
 
 def test_a_diverged_trial_is_not_taken(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(problem: Problem, name: str, settings: AdamSettings, **how: float) -> Run:
-        score = 1.0 if settings.lr == 3e-3 else math.nan
+    def train(task: Task, **how: object) -> Run:
+        score = 1.0 if task.settings.lr == 3e-3 else math.nan
         point = Point(1, 1, 1.0, score, {"excess_loss": score, "holdout_loss": score})
-        return Run(name, settings, 0, 1.0, (point, point))
+        return Run(task.name, task.settings, 0, 1.0, (point, point))
 
     monkeypatch.setattr(comparison, "train", train)
     [run] = compare(problem, {"adam": AdamSettings()}, seed=0, budget=Budget(1.0), say=lambda line: None)

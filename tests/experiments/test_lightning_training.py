@@ -9,7 +9,7 @@ import torch
 from experiments import data
 from experiments.optimizers import settings_class
 from experiments.problems.flow import make_flow
-from experiments.training import Training, train
+from experiments.training import Budget, Task, Training, train
 
 pytest.importorskip("lightning")
 from experiments.lightning_training import train_on_lightning  # noqa: E402  (after the skip)
@@ -27,8 +27,10 @@ def test_same_losses_at_the_same_steps(optimizer: str) -> None:
     changes = {"batch_size": 3000} | ({"lr": 0.01} if optimizer == "adam" else {})
     settings = settings_class(optimizer, problem).for_problem(problem, **changes)
     seen: list[int] = []
-    how: Any = {"seed": 3, "budget_steps": 8, "watch": lambda training: seen.append(training.steps)}
-    plain, on_lightning = (make(problem, optimizer, settings, **how) for make in (train, train_on_lightning))
+    task = Task(problem, optimizer, settings, seed=3, budget=Budget(steps=8))
+    plain, on_lightning = (
+        make(task, watch=lambda training: seen.append(training.steps)) for make in (train, train_on_lightning)
+    )
     assert seen == [*range(1, 9)] * 2
 
     def losses(run: Any) -> list[Any]:
@@ -46,14 +48,14 @@ def test_same_losses_at_the_same_steps(optimizer: str) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        train_on_lightning(problem, optimizer, settings, seed=3, budget_steps=8, watch=watch)
-    resumed = train_on_lightning(problem, optimizer, settings, seed=3, budget_steps=8, state=states[0])
+        train_on_lightning(task, watch=watch)
+    resumed = train_on_lightning(task, state=states[0])
     assert losses(resumed) == losses(plain)
 
 
 def test_the_trainer_is_on_the_clock() -> None:
     problem = make_flow("raw", data.load("moons"), CPU, width=8)
     settings = settings_class("adam", problem).for_problem(problem, lr=0.01, batch_size=16)
-    run = train_on_lightning(problem, "adam", settings, seed=0, budget_seconds=0.05)
+    run = train_on_lightning(Task(problem, "adam", settings, seed=0, budget=Budget(0.05)))
     assert run.final.seconds >= 0.05 > run.points[-2].seconds
     assert run.final.step >= 1 and run.final.samples == 16 * run.final.step

@@ -9,7 +9,7 @@ from experiments import data
 from experiments.optimizers import settings_class
 from experiments.problems.flow import make_flow
 from experiments.progress import Progress
-from experiments.training import train
+from experiments.training import Budget, Task, train
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ def test_a_bar_where_somebody_looks(terminal: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stderr", screen)
     progress = Progress()
     for name in ("hessfree", "again"):
-        train(problem, name, settings, seed=0, budget_steps=2, watch=progress.watch)
+        train(Task(problem, name, settings, seed=0, budget=Budget(steps=2)), watch=progress.watch)
     progress.close()
     shown = screen.getvalue()
     if not terminal:

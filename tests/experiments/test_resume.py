@@ -18,7 +18,7 @@ from experiments.optimizers import settings_class
 from experiments.paths import Paths
 from experiments.problems.flow import make_flow
 from experiments.records import Run
-from experiments.training import Training, train
+from experiments.training import Budget, Task, Training, train
 from tests.experiments.scripts import main_of
 
 CPU = torch.device("cpu")
@@ -50,8 +50,8 @@ def test_every_optimizer_goes_on_where_it_was(optimizer: str, tmp_path: Path) ->
     if optimizer in ("adam", "soap"):
         changes |= {"lr": 0.01}
     settings = settings_class(optimizer, problem).for_problem(problem, **changes)
-    how = {"seed": 3, "budget_steps": 12}
-    whole = train(problem, optimizer, settings, **how)
+    task = Task(problem, optimizer, settings, seed=3, budget=Budget(steps=12))
+    whole = train(task)
     path = tmp_path / "checkpoint.pt"
     checkpoint = Checkpoint(path, {})
 
@@ -61,10 +61,10 @@ def test_every_optimizer_goes_on_where_it_was(optimizer: str, tmp_path: Path) ->
             raise Killed
 
     with pytest.raises(Killed):
-        train(problem, optimizer, settings, **how, watch=watch)
+        train(task, watch=watch)
     state = Checkpoint.load(path, {}).state_of(optimizer)
     assert state is not None and 0 < state["steps"] <= 7
-    again = train(problem, optimizer, settings, **how, state=state)
+    again = train(task, state=state)
     assert losses(again) == losses(whole)
     assert all(torch.equal(tensor, again.weights[name]) for name, tensor in whole.weights.items())
 

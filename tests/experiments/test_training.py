@@ -9,7 +9,7 @@ from experiments.flow_matching import Batch
 from experiments.optimizers import AdamSettings
 from experiments.problems import Problem
 from experiments.problems.flow import FixedFlowMatching, FlowMatching
-from experiments.training import Point, Stopwatch, evaluation_times, train
+from experiments.training import Budget, Point, Stopwatch, Task, evaluation_times, train
 
 CPU = torch.device("cpu")
 
@@ -52,15 +52,16 @@ def test_initial_weights_depend_on_the_seed_alone(problem: Problem) -> None:
 
 def test_a_run_by_ticks(problem: Problem, ticks: None) -> None:
     seen: list[tuple[str, Point]] = []
-    run = train(
+    task = Task(
         problem,
         "adam",
         AdamSettings(lr=0.01, batch_size=64),
         seed=0,
-        budget_seconds=9.5,
+        budget=Budget(9.5),
         moments=[float(second) for second in range(2, 10)],
         observer=lambda name, point, model: seen.append((name, point)),
     )
+    run = train(task)
     # One second to build, then one a step; the budget ends inside the ninth, and evaluations cost nothing.
     assert [point.seconds for point in run.points] == [float(second) for second in range(1, 11)]
     assert [point.step for point in run.points] == list(range(10))
@@ -71,7 +72,7 @@ def test_a_run_by_ticks(problem: Problem, ticks: None) -> None:
 
 
 def test_two_points_at_least(problem: Problem, ticks: None) -> None:
-    run = train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=0.001)
+    run = train(Task(problem, "adam", AdamSettings(lr=0.01), seed=0, budget=Budget(0.001)))
     assert [point.step for point in run.points] == [0, 1]
     # The loss at the start is that of the batch of the first step.
     assert run.points[0].train_loss == run.points[1].train_loss
@@ -79,13 +80,14 @@ def test_two_points_at_least(problem: Problem, ticks: None) -> None:
 
 def test_same_seed_same_run(problem: Problem, ticks: None) -> None:
     settings = AdamSettings(lr=0.01, batch_size=128)
-    first, second, other = (train(problem, "adam", settings, seed=seed, budget_seconds=5) for seed in (3, 3, 4))
+    tasks = (Task(problem, "adam", settings, seed=seed, budget=Budget(5)) for seed in (3, 3, 4))
+    first, second, other = map(train, tasks)
     losses = [[(p.train_loss, p.losses) for p in run.points] for run in (first, second, other)]
     assert losses[0] == losses[1] and losses[0] != losses[2]
 
 
 def test_training_helps(problem: Problem, ticks: None) -> None:
-    run = train(problem, "adam", AdamSettings(lr=0.01), seed=0, budget_seconds=60, moments=())
+    run = train(Task(problem, "adam", AdamSettings(lr=0.01), seed=0, budget=Budget(60), moments=()))
     assert len(run.points) == 2
     assert run.final.losses["excess_loss"] < 0.5 * run.points[0].losses["excess_loss"]
 
@@ -102,7 +104,7 @@ def test_learning_rates_follow_the_budget(problem: Problem, ticks: None, monkeyp
     for final_length in (0.0, 1.0):
         rates.clear()
         settings = AdamSettings(lr=0.01, final_length=final_length)
-        train(problem, "adam", settings, seed=0, budget_seconds=4)
+        train(Task(problem, "adam", settings, seed=0, budget=Budget(4)))
         assert rates == pytest.approx([0.01 * settings.step_length(second / 4) for second in (0, 2, 3)])
     assert rates == [0.01] * 3
 
@@ -117,7 +119,7 @@ def test_full_batches_are_the_same_tensors(ticks: None) -> None:
 
     watched = Watched.of(data.load("8gaussians"), CPU)
     settings = AdamSettings(lr=0.01, batch_size=watched.fixed.x_t.shape[0])
-    run = train(watched, "adam", settings, seed=0, budget_seconds=4, moments=())
+    run = train(Task(watched, "adam", settings, seed=0, budget=Budget(4), moments=()))
     assert all(batch is watched.fixed for batch in batches) and len(batches) >= run.final.step >= 3
     assert set(run.final.losses) == {"fixed_excess", "excess_loss"}
     assert run.points[0].train_loss == pytest.approx(run.points[0].losses["fixed_excess"])
