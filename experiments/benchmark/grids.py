@@ -22,6 +22,11 @@ def _around(centre: Changes, *others: Changes) -> list[Changes]:
     return [centre, *(centre | changes for changes in others)]
 
 
+def _classifies(problem: Problem) -> bool:
+    """Whether the outputs are classes: the velocities of a flow are as many as its coordinates."""
+    return problem.rows is None and problem.outputs != problem.dim
+
+
 def adam(problem: Problem) -> list[Changes]:
     """Rates a factor of three apart around the best known, and two batches.
 
@@ -38,6 +43,8 @@ def _adam_rates(problem: Problem) -> tuple[float, float, float, float]:
     if problem.first_loss > _HIGH_LOSS:
         # of the equation, which is stiff, the rates that deserve a trial lie within one decade
         return (5e-3, 2e-3, 1e-2, 1e-3) if problem.outputs == 1 else (3e-3, 1e-3, 1e-2, 3e-2)
+    if _classifies(problem):
+        return (3e-2, 1e-2, 1e-1, 3e-3)
     return (1e-2, 3e-2, 1e-1, 3e-3) if problem.dim == 2 else (1e-2, 3e-3, 3e-2, 1e-3)
 
 
@@ -88,6 +95,8 @@ def sgd(problem: Problem) -> list[Changes]:
     """
     if problem.first_loss > _HIGH_LOSS:
         rates = (1e-4, 3e-4, 3e-5, 1e-5)
+    elif _classifies(problem):
+        rates = (1e-1, 3e-1, 3e-2, 1.0)
     else:
         rates = (1e-2, 3e-2, 3e-3, 1e-3) if problem.dim == 2 else (3e-2, 1e-1, 1e-2, 3e-1)
     return _scheduled(rates, _first_order_batches(problem))
@@ -129,7 +138,8 @@ def soap(problem: Problem) -> list[Changes]:
             {"lr": 1e-1, "batch_size": 4096},
             {"lr": 1e-2, "batch_size": 4096},
         )
-    return _product(lr=(1e-2, 3e-3, 3e-2, 1e-1), batch_size=_first_order_batches(problem))
+    rates = (3e-2, 1e-2, 1e-1, 3e-3) if _classifies(problem) else (1e-2, 3e-3, 3e-2, 1e-1)
+    return _product(lr=rates, batch_size=_first_order_batches(problem))
 
 
 def _first_order_batches(problem: Problem) -> tuple[int, int]:
@@ -176,6 +186,17 @@ def hessian_free(problem: Problem) -> list[Changes]:
         )
     if problem.dim == 2:
         return _product(omega=(0.8, 0.9), minimum_damping=(1e-3, 1e-5), batch_size=(8192, 4096))
+    if _classifies(problem):  # the loss falls to a fiftieth, and steps of few rows are cheap
+        return _around(
+            {"minimum_damping": 1e-6, "omega": 0.8, "batch_size": 1024},
+            {"batch_size": 512},
+            {"batch_size": 512, "damping": 0.03},
+            {"batch_size": 512, "omega": 0.9},
+            {"batch_size": 512, "test_every": 20},
+            {"batch_size": 256},
+            {"batch_size": 512, "minimum_damping": 1e-4},
+            {"batch_size": 2048},
+        )
     if problem.dim <= 64:
         return _product(minimum_damping=(1e-6, 1e-4), omega=(0.8, 0.9), batch_size=(1024, 2048))
     return _around(

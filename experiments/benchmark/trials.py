@@ -68,9 +68,10 @@ def write_figure(path: Path, tuned: Tuned, problems: Sequence[str]) -> Path:
         for problem in problems
     }
     shown = [problem for problem in problems if tried[problem]]
-    rows = max(1, math.ceil(len(shown) / _COLUMNS))
-    figure = Figure(figsize=(12, 0.5 + 2.7 * rows), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    columns = min(_COLUMNS, max(1, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(12, 0.8 + 2.7 * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     figure.suptitle(
         f"Tuning: the final score of every trial (ring: chosen; cross: diverged, or over {_ROOM:g} times those)",
         x=0.01,
