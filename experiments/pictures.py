@@ -230,15 +230,15 @@ def snapshot(view: View, name: str) -> Callable[[Field], dict[str, Tensor]]:
         name: The optimizer, for its colour.
 
     Returns:
-        From a field, `samples` and `field` as images `[height, width, 3]`, uint8.
+        From a field, images `[height, width, 3]`, uint8, by tag: one page, after those of losses and the optimizer.
     """
     colour = colour_of(name, 0)
 
     def draw(field: Field) -> dict[str, Tensor]:
         samples = _MOVING.carry(field, view.noise)
         return {
-            "samples": _render(lambda axis: view.show_points(axis, samples, colour)),
-            "field": _render(lambda axis: view.show_field(axis, field)),
+            "samples/points": _render(lambda axis: view.show_points(axis, samples, colour)),
+            "samples/field": _render(lambda axis: view.show_field(axis, field)),
         }
 
     return draw

@@ -24,7 +24,7 @@ def test_samples(name: str, coupling: Any, tmp_path: Path) -> None:
     path = write_samples(tmp_path / "samples.png", view, fields, Sampler(steps=2), ["a", "b", "c"])
     assert path.read_bytes().startswith(SIGNATURE) and path.stat().st_size > 20_000
     images = snapshot(view, "adam")(good)
-    assert set(images) == {"samples", "field"}
+    assert set(images) == {"samples/points", "samples/field"}
     for image in images.values():
         assert image.dtype == torch.uint8 and image.shape[2] == 3 and len(image.unique()) > 10
     assert torch.equal(View.of(problem).points, view.points) and torch.equal(View.of(problem).noise, view.noise)
