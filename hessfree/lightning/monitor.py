@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hessfree.lightning.accumulation import Accumulation
 from hessfree.lightning.base import callback_classes
 from hessfree.lightning.pages import hyperparameters, scalars, show_residuals, table
 from hessfree.lightning.stagnation import Stagnation
@@ -39,9 +40,35 @@ class _Watched:
         self.bar: dict[str, float] = {}
         self.micro_batches = 0
         self.backend = ""
-        self.handle = optimizer.register_step_post_hook(lambda *_: self._note())
+        self.accumulation: Accumulation | None = None  # where micro-batches are taken together
+        self.handles = [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._gather(args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: self._note()),
+        ]
+
+    def collect(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take micro-batches together from now on, unless the optimizer looks at a part of a batch only."""
+        if self.optimizer.settings.curvature_batch is None and self.optimizer.settings.microbatch is None:
+            self.accumulation = Accumulation(trainer, module)
+
+    def stop(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _gather(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Give the step a closure of all micro-batches in the place of that of the last."""
+        if self.accumulation is None or "closure" not in kwargs:
+            return None
+        closure = self.accumulation.together(kwargs["closure"], self.optimizer)
+        if closure is None:
+            return None
+        self.micro_batches = 0  # the gradient is that of the closure
+        return args, kwargs | {"closure": closure}
 
     def _note(self) -> None:
+        if self.accumulation is not None:
+            self.accumulation.clear()
         if self.optimizer.last_step is not None:
             self.fresh.append(self.optimizer.last_step)
 
@@ -57,13 +84,23 @@ class HessianFreeMonitor(Callback):
     TensorBoard, every `every_n_steps` there is a histogram of final residuals and a figure of the residual's way down,
     and the settings stand under Text and HParams.
 
-    It tells the optimizer over how many micro-batches gradients were accumulated, as the Trainer's hooks say.
+    With `accumulate_grad_batches`, which shows a step's closure the last micro-batch alone, it makes the step one of
+    all of them: each is evaluated once more within the step, unseen by logs and hooks, and gradient, curvature and ρ
+    are those of a whole batch. The memory is that of a whole batch too, and k micro-batches cost 2k − 1 gradients. With
+    `whole_batches=False`, or where the optimizer has a `curvature_batch` or a `microbatch`, curvature and ρ are the
+    last micro-batch's, as they are without this callback; the optimizer is told of how many `p.grad` is the sum.
 
     With several optimizers of the kind, their numbers are under `hessfree/0/`, `hessfree/1/`, by their places among
     the Trainer's optimizers. Works in `lightning` and `pytorch_lightning`.
     """
 
-    def __init__(self, every_n_steps: int = 50, patience: int | None = None, tolerance: float = 1e-6) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        patience: int | None = None,
+        tolerance: float = 1e-6,
+        whole_batches: bool = True,
+    ) -> None:
         """Set up the callback.
 
         Args:
@@ -71,6 +108,7 @@ class HessianFreeMonitor(Callback):
             patience: Stop the Trainer after so many steps in a row that gained nothing: rejected, or with a decrease
                 of their own loss below `tolerance`. None never does.
             tolerance: A part of the loss.
+            whole_batches: Take micro-batches of an accumulated gradient together for one step.
 
         Raises:
             ValueError: A number is out of range.
@@ -79,6 +117,7 @@ class HessianFreeMonitor(Callback):
         if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an integer >= 1")
         self.every_n_steps = every_n_steps
+        self.whole_batches = whole_batches
         self.stagnation = Stagnation(patience, tolerance)
         self.stagnant_steps: dict[str, int] = {}
         self._watched: list[_Watched] = []
@@ -96,6 +135,8 @@ class HessianFreeMonitor(Callback):
         self._unwatch()
         self._watched = [_Watched(o, f"hessfree/{i}/" if len(ours) > 1 else "hessfree/") for i, o in ours]
         for watched in self._watched:
+            if self.whole_batches:
+                watched.collect(trainer, pl_module)
             known = dict(pl_module.hparams_initial) if pl_module._log_hyperparams else {}
             settings = {watched.prefix + name: value for name, value in hyperparameters(watched.optimizer).items()}
             for logger in trainer.loggers:
@@ -105,15 +146,25 @@ class HessianFreeMonitor(Callback):
         if has_figures and not importlib.util.find_spec("matplotlib"):
             warnings.warn("HessianFreeMonitor draws no figures: pip install matplotlib", UserWarning, stacklevel=2)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note a micro-batch."""
+        for watched in self._watched:
+            if watched.accumulation is not None:
+                watched.accumulation.begin(batch, batch_idx)
+
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Begin to count micro-batches."""
         for watched in self._watched:
             watched.micro_batches = 0
+            if watched.accumulation is not None:
+                watched.accumulation.clear()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a micro-batch."""
         for watched in self._watched:
             watched.micro_batches += 1
+            if watched.accumulation is not None:
+                watched.accumulation.keep()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Tell the optimizer how many there were; under manual optimization it is the user who knows."""
@@ -150,7 +201,7 @@ class HessianFreeMonitor(Callback):
 
     def _unwatch(self) -> None:
         for watched in self._watched:
-            watched.handle.remove()
+            watched.stop()
             watched.optimizer.accumulated_batches = None
         self._watched = []
 

@@ -187,6 +187,7 @@ class CallTree:
         self._stack: list[Call] = []
         self._handles: list[Any] = []
         self._thread = 0
+        self._forward: Any = None  # what stood in for `forward` of the outermost module when it was called
 
     def __enter__(self) -> CallTree:
         """Begin to record what this thread calls."""
@@ -217,15 +218,27 @@ class CallTree:
         self.buffers.see(module)
         if module not in self._owners:
             return
+        self._drop_redirected()
         outermost = not self._stack
         siblings = self.roots if outermost else self._stack[-1].children
         path = (() if outermost else self._stack[-1].path) + (len(siblings),)
         call = Call(module, args if outermost or self._keep_inputs(module) else (), path=path)
         if outermost:
+            self._forward = vars(module).get("forward")
             call.random = RandomState.capture(self._device)
             call.autocast = autocast_now(self._device)
         siblings.append(call)
         self._stack.append(call)
+
+    def _drop_redirected(self) -> None:
+        """Forget an outermost call that its module's own `forward` did not answer.
+
+        Lightning leads `training_step` through the forward pass of DistributedDataParallel: it puts a function in the
+        place of `forward` that takes itself away when it begins. To call the module again would be another thing.
+        """
+        if len(self._stack) == 1 and vars(self._stack[0].module).get("forward") is not self._forward:
+            self._stack.clear()
+            self.roots.pop()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
         # torch passes no kwargs where the forward raised and the hook runs only because of always_call

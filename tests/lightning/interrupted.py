@@ -76,29 +76,55 @@ class Noisy(Regression):
         return F.mse_loss(self.net(x + 0.1 * noise), y)
 
 
+class SaveWithin(ModelCheckpoint):
+    """Saves every few batches, but never at an epoch's last.
+
+    Lightning (2.6) takes what is saved there for the middle of the epoch. The run resumed from it goes on rightly, but
+    counts an epoch too few, and a run resumed from one of *its* checkpoints trains an epoch too many. What
+    `on_train_epoch_end` saves is counted rightly.
+    """
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
+
 def train(folder: Path, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train, from the last checkpoint in `folder` if there is one, and return what the end looks like."""
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
-    save = ModelCheckpoint(
-        folder, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1, save_on_train_epoch_end=False
-    )
+    last = last_step(folder)
+    within = SaveWithin(folder, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1, save_on_train_epoch_end=False)
+    between = ModelCheckpoint(folder, "{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
     module = Noisy()
-    callbacks = [save, HessianFreeMonitor()]
-    ckpt_path = found[-1] if found else None
+    callbacks = [within, between, HessianFreeMonitor()]
+    ckpt_path = folder / f"step={last}.ckpt" if last else None
     trainer = fit(module, Stream(), ckpt_path, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
     state = trainer.optimizers[0].state_dict()
     return {"parameters": flat(module), "state": state, "steps": trainer.global_step}
 
 
+def differences(first: Any, second: Any, place: str = "end") -> Iterator[str]:
+    """Yield the places where two nestings do not hold the same bits."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or not torch.equal(first, second):
+            yield place
+    elif isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        for key, value in first.items():
+            yield from differences(value, second[key], f"{place}[{key!r}]")
+    elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            yield from differences(a, b, f"{place}[{i}]")
+    elif type(first) is not type(second) or isinstance(first, dict | list | tuple) or first != second:
+        yield f"{place}: {first!r} and {second!r}"
+
+
 def same(first: Any, second: Any) -> bool:
     """Tell whether two nestings hold the same bits."""
-    if isinstance(first, Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
+    return next(differences(first, second), None) is None
+
+
+def last_step(folder: Path) -> int:
+    """Return the step of the last checkpoint; 0 where there is none."""
+    return max((int(path.stem.partition("=")[2]) for path in folder.glob("*.ckpt")), default=0)
 
 
 def _run(folder: Path) -> None:
@@ -133,21 +159,25 @@ def interrupt(kills: int, seed: int, work: Path) -> tuple[int, int]:
     seconds = time.monotonic() - started
     straight = torch.load(work / "straight" / "end.pt", weights_only=False)
     runs = equal = killed = 0
+    chain: list[int] = []
     while killed < kills or (work / f"run{runs}").exists():
         folder = work / f"run{runs}"
+        chain.append(last_step(folder))
         process = start(folder)
         process.join(moments.uniform(0, seconds) if killed < kills else None)
         if process.exitcode is None:
             process.kill()
             process.join()
             killed += 1
-            steps = max((int(path.stem.partition("=")[2]) for path in folder.glob("*.ckpt")), default=0)
-            print(f"kill {killed}: the last checkpoint is of step {steps}", flush=True)
+            print(f"kill {killed}: the last checkpoint is of step {last_step(folder)}", flush=True)
             continue
         if process.exitcode:
             raise RuntimeError(f"run {runs} ended with code {process.exitcode}")
-        equal += same(torch.load(folder / "end.pt", weights_only=False), straight)
-        runs += 1
+        found = list(differences(torch.load(folder / "end.pt", weights_only=False), straight))
+        if found:
+            print(f"run {runs}, begun and resumed at steps {chain}, ended elsewhere: {'; '.join(found)}", flush=True)
+        equal += not found
+        runs, chain = runs + 1, []
     return runs, equal
 
 

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import hessfree
+from tests.lightning.modules import network
+
 Batch = tuple[Tensor, Tensor]
 DOUBLE = torch.float64
+BATCHES, SIZE, DAMPING = 4, 8, 0.1
+
+
+def newton(parameters: Any, **changes: Any) -> hessfree.HessianFree:
+    """An optimizer that solves its system to the end, so that a dense solve is its reference."""
+    solver = hessfree.CG(max_iterations=200, tolerance=1e-13)
+    fixed = {"damping_rule": hessfree.ConstantDamping(), "preconditioner": hessfree.Identity()}
+    return hessfree.HessianFree(parameters, damping=DAMPING, solver=solver, **(fixed | changes))
 
 
 @dataclasses.dataclass
@@ -58,21 +70,31 @@ class Reference:
         lr: float = 1.0,
         change: Callable[[Tensor], Tensor] = lambda g: g,
         only: slice | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """Step with the mean gradient of `batches` and the curvature of the last of them.
 
         Args:
-            batches: Micro-batches.
+            batches: Micro-batches, or those of several processes.
             lr: Step length.
             change: What clipping does to the gradient.
             only: The part of the parameters that moves.
+            whole: Take the mean curvature of all batches.
 
         Returns:
             The parameters after it.
         """
         part = slice(None) if only is None else only
-        gradient, curvature = change(self.gradient(batches)[part]), self.curvature(batches[-1])[part, part]
+        gradient = change(self.gradient(batches)[part])
+        seen = batches if whole else batches[-1:]
+        curvature = torch.stack([self.curvature(batch) for batch in seen]).mean(0)[part, part]
         shifted = curvature + self.damping * torch.eye(len(curvature), dtype=DOUBLE)
         self.theta = self.theta.clone()
         self.theta[part] -= lr * torch.linalg.solve(shifted, gradient)
         return self.theta
+
+
+def deviation(found: Tensor, reference: Reference) -> float:
+    """Return the error of the parameters, relative to how far the reference went."""
+    way = reference.theta - Reference(network()).theta
+    return float((found.to(DOUBLE) - reference.theta).norm() / way.norm())

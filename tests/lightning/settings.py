@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -20,29 +23,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR
 
 import hessfree
+from hessfree.lightning import HessianFreeMonitor
+from tests.lightning import two_processes
 from tests.lightning.modules import Regression, fit, flat, loader, network, points
-from tests.lightning.reference import DOUBLE, Reference
-
-BATCHES, SIZE, DAMPING = 4, 8, 0.1
-
-
-def newton(parameters: Any, **changes: Any) -> hessfree.HessianFree:
-    """An optimizer that solves its system to the end, so that a dense solve is its reference."""
-    solver = hessfree.CG(max_iterations=200, tolerance=1e-13)
-    fixed = {"damping_rule": hessfree.ConstantDamping(), "preconditioner": hessfree.Identity()}
-    return hessfree.HessianFree(parameters, damping=DAMPING, solver=solver, **(fixed | changes))
+from tests.lightning.reference import BATCHES, DAMPING, DOUBLE, SIZE, Reference, deviation, newton
 
 
 def batches(dtype: torch.dtype = DOUBLE) -> list[tuple[Tensor, Tensor]]:
     """The batches that a loader of the same points gives."""
     x, y = points(BATCHES * SIZE, dtype)
     return list(zip(x.split(SIZE), y.split(SIZE), strict=True))
-
-
-def deviation(found: Tensor, reference: Reference) -> float:
-    """Return the error of the parameters, relative to how far the reference went."""
-    way = reference.theta - Reference(network()).theta
-    return float((found.to(DOUBLE) - reference.theta).norm() / way.norm())
 
 
 def trained(dtype: torch.dtype = DOUBLE, make: Any = newton, module: Any = None, **settings: Any) -> Any:
@@ -71,6 +61,30 @@ def accumulated() -> float:
     reference.step(first, second)
     reference.step(third, fourth)
     return deviation(flat(trained(accumulate_grad_batches=2)), reference)
+
+
+def accumulated_whole() -> float:
+    reference = Reference(network(), DAMPING)
+    first, second, third, fourth = batches()
+    reference.step(first, second, whole=True)
+    reference.step(third, fourth, whole=True)
+    module = trained(accumulate_grad_batches=2, callbacks=[HessianFreeMonitor()])
+    return deviation(flat(module), reference)
+
+
+def accumulated_damping() -> float:
+    """λ after 20 steps of the default settings, each on 4 micro-batches of 8 rows, against steps on 32 rows."""
+    ends = []
+    for parts in (1, 4):
+        rule = hessfree.LevenbergMarquardt(every=1)
+        module = Regression(lambda p, rule=rule: hessfree.HessianFree(p, damping_rule=rule), network(DOUBLE))
+        data, monitor = loader(320, 32 // parts, DOUBLE), HessianFreeMonitor()
+        fit(module, data, max_epochs=2, accumulate_grad_batches=parts, callbacks=[monitor])
+        ends.append([r.next_damping for r in module.reports])
+    whole, accumulated = ends
+    if len(whole) != 20 or len(accumulated) != 20 or whole[-1] == whole[0]:
+        return math.nan
+    return max(abs(a / w - 1) for a, w in zip(accumulated, whole, strict=True))
 
 
 def clipped_by_norm() -> float:
@@ -204,6 +218,26 @@ def compiled(whole: bool) -> float:
     return deviation(flat(module), stepped())
 
 
+def ddp_of_one() -> float:
+    with mock.patch.dict(os.environ):  # Lightning writes there how its processes find each other
+        try:
+            return deviation(flat(trained(strategy="ddp", use_distributed_sampler=False)), stepped())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def ddp_of_two(name: str, steps: int) -> float:
+    """Against the mean of both processes' losses; NaN unless these came to the same bits."""
+    first, second = two_processes.both(name)
+    if not torch.equal(first, second):
+        return math.nan
+    reference, dealt = Reference(network(), DAMPING), two_processes.dealt()
+    for i in range(0, BATCHES, BATCHES // steps):
+        reference.step(*(batch for both in dealt[i : i + BATCHES // steps] for batch in both), whole=True)
+    return deviation(first, reference)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A setting, what the step is compared with, and how near it must be."""
@@ -221,6 +255,8 @@ ROWS = (
     Row("precision bf16-true", SAME, lambda: plain(torch.float32, precision="bf16-true"), 0.1),
     Row("precision bf16-mixed", SAME, lambda: plain(torch.float32, precision="bf16-mixed"), 0.05),
     Row("accumulate_grad_batches=2", "mean gradient of two, curvature of the second", accumulated, 1e-11),
+    Row("the same with HessianFreeMonitor", "mean gradient and mean curvature of two", accumulated_whole, 1e-11),
+    Row("accumulate_grad_batches=4 with it", "every λ of 20 steps on whole batches", accumulated_damping, 1e-10),
     Row("gradient_clip_val by norm", "clipped gradient, whole curvature", clipped_by_norm, 1e-11),
     Row("gradient_clip_val by value", "clipped gradient, whole curvature", clipped_by_value, 1e-11),
     Row("detect_anomaly", SAME, lambda: plain(detect_anomaly=True), 1e-11),
@@ -229,6 +265,9 @@ ROWS = (
     Row("two optimizers by hand", "blocks of the matrix in turns", two_by_hand, 1e-11),
     Row("EMAWeightAveraging", "average of the reference's steps", exponential_average, 1e-11),
     Row("StochasticWeightAveraging", "mean over the reference's epochs", weight_average, 1e-11),
+    Row("ddp, 1 process", SAME, ddp_of_one, 1e-11),
+    Row("ddp, 2 processes", "mean of both processes' losses", lambda: ddp_of_two("pinned", 4), 1e-11),
+    Row("ddp, 2 processes, accumulated", "mean of four", lambda: ddp_of_two("accumulated", 2), 1e-11),
     Row("Fabric, 64-true", SAME + "; Fabric rounds the outputs to float32", fabric, 1e-6),
     Row("Fabric, 32-true", SAME, lambda: fabric("32-true"), 1e-5),
     Row("torch.compile of the network", SAME, lambda: compiled(False), 1e-11),

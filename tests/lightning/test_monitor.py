@@ -118,9 +118,57 @@ def test_tells_how_many_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = Skipping()
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        fit(module, loader(80, 8), accumulate_grad_batches=4, callbacks=[HessianFreeMonitor()])
+        fit(module, loader(80, 8), accumulate_grad_batches=4, callbacks=[HessianFreeMonitor(whole_batches=False)])
     assert list(dict.fromkeys(told)) == [4, 3, 2]
     assert module.optimizers().accumulated_batches is None
+
+
+class Watching(Regression):
+    """Draws random numbers, changes buffers, logs, and counts what its hooks see."""
+
+    def __init__(self) -> None:
+        norm = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+        net = torch.nn.Sequential(norm, torch.nn.Dropout(0.3), network(torch.float64))
+        super().__init__(net=net)
+        self.seen: list[float] = []
+        self.hooks = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("mine", loss, on_step=False, on_epoch=True)
+        if not hessfree.is_replaying():
+            self.seen.append(float(loss.detach()))
+        return loss
+
+    def on_after_backward(self) -> None:
+        self.hooks += 1
+
+
+def test_micro_batches_taken_together_are_seen_once() -> None:
+    modules, states, logged = [], [], []
+    for callbacks in ([HessianFreeMonitor()], []):
+        torch.manual_seed(1)
+        module = Watching()
+        torch.manual_seed(2)
+        trainer = fit(module, loader(32, 8, torch.float64), accumulate_grad_batches=4, callbacks=callbacks)
+        modules.append(module)
+        states.append([torch.get_rng_state(), *module.buffers()])
+        logged.append(float(trainer.callback_metrics["mine"]))
+    together, last = modules
+    assert together.seen == last.seen and together.hooks == last.hooks == 4 and logged[0] == logged[1]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    # the very losses that the user saw: with the same masks
+    assert together.reports[0].loss == pytest.approx(sum(together.seen) / 4, rel=1e-12)
+    assert last.reports[0].loss == pytest.approx(last.seen[-1] / 4, rel=1e-12)
+    assert together.reports[0].reduction_ratio != pytest.approx(last.reports[0].reduction_ratio, rel=1e-3)
+
+
+def test_a_part_of_a_batch_is_taken_of_the_last_micro_batch() -> None:
+    """Curvature on a part of the batch was asked for: then the last micro-batch is enough."""
+    module = Regression(lambda p: hessfree.HessianFree(p, curvature_batch=4))
+    fit(module, loader(32, 8), accumulate_grad_batches=4, callbacks=[HessianFreeMonitor()])
+    assert module.reports[0].curvature_samples == 4 and module.reports[0].backend == "traced"
+    assert module.reports[0].loss == pytest.approx(module.outputs[-1], rel=1e-6)
 
 
 class Stuck(Regression):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hessfree.lightning import HessianFreeMonitor
-from tests.lightning.interrupted import BATCHES, Noisy, Stream, same, train
+from tests.lightning.interrupted import BATCHES, Noisy, Stream, differences, same, train
 from tests.lightning.modules import fit, flat
 
 
@@ -27,17 +29,35 @@ def test_three_epochs_and_three_are_six(tmp_path: Path) -> None:
     assert [r.loss for r in first.reports + second.reports] == losses
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The checkpoints and the end of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train(folder)
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("steps", [5, 10, 20], ids=lambda steps: f"after {steps} of {BATCHES} an epoch")
-def test_from_the_middle_of_an_epoch(tmp_path: Path, steps: int) -> None:
-    straight = train(tmp_path / "straight")
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    (tmp_path / "straight" / f"step={steps}.ckpt").rename(parts / f"step={steps}.ckpt")
-    resumed = train(parts)
-    assert same(resumed, straight) and resumed["steps"] == 6 * BATCHES
+@pytest.mark.parametrize("steps", [5, 10, 20, 30, 36], ids=lambda steps: f"after {steps} of {BATCHES} an epoch")
+def test_a_resumed_run_saves_what_an_unbroken_one_saves(
+    straight: tuple[Path, dict[str, Any]], tmp_path: Path, steps: int
+) -> None:
+    """Whatever checkpoint a run is resumed from, so that a chain of any length comes to the same end."""
+    saved, end = straight
+    shutil.copy(saved / f"step={steps}.ckpt", tmp_path)
+    resumed = train(tmp_path)
+    assert same(resumed, end) and resumed["steps"] == 6 * BATCHES
     assert not same(resumed["parameters"], resumed["parameters"] + 1e-7)
+    names = sorted(path.name for path in saved.glob("*.ckpt") if int(path.stem.partition("=")[2]) >= steps)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == names
+    for name in names:
+        assert list(differences(_resumable(tmp_path / name), _resumable(saved / name))) == []
+
+
+def _resumable(path: Path) -> dict[str, Any]:
+    """What a Trainer resumes from; how many files a ModelCheckpoint has written is no part of it."""
+    held = torch.load(path, weights_only=False)
+    return {name: held[name] for name in ("epoch", "global_step", "loops", "state_dict", "optimizer_states")}
 
 
 def test_killed_at_random_moments() -> None:
