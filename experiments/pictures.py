@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.flow_matching import Field
 from experiments.plots import INK, colour_of
@@ -157,10 +157,13 @@ class View:
 
 
 def _tiles(axis: Any, images: Tensor) -> None:
-    """A square of the first images, white where they are brightest."""
+    """A square of the first images, white where they are brightest, with lines between them that are left blank."""
     side = math.isqrt(images.shape[1])
+    gap = max(1, side // 14)
     shown = images[: _TILES**2].detach().cpu().view(_TILES, _TILES, side, side)
-    axis.imshow(shown.permute(0, 2, 1, 3).reshape(_TILES * side, -1).numpy(), cmap="gray", vmin=-1, vmax=1)
+    framed = nn.functional.pad(shown, (0, gap, 0, gap), value=math.nan).permute(0, 2, 1, 3)
+    whole = framed.reshape(_TILES * (side + gap), -1)[:-gap, :-gap]
+    axis.imshow(whole.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axis.set_axis_off()
 
 
