@@ -78,23 +78,35 @@ def test_products_are_in_the_precision_of_the_parameters(name: str, around: bool
     assert float((found - exact).norm()) <= 0.02 * float(exact.norm())  # H is taken at outputs that were rounded
 
 
-@pytest.mark.parametrize("name", LOSSES)
+class Widened(nn.Module):
+    """Of what autocast rounded, a float32 that does not show it."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.float()
+
+
+def blocks(z: Tensor, y: Tensor) -> Tensor:
+    """A loss whose Hessian has no closed form, and a block for each sample."""
+    d = z.float() - y
+    return (d.sum(1).square() + d.square().sum(1) + (d[:, 0] * d[:, 1]).square()).mean()
+
+
 @pytest.mark.parametrize("microbatch", [7, 24])
-def test_products_of_a_part_at_a_time_are_as_precise(name: str, microbatch: int) -> None:
-    found, chosen = seen_in_a_step(network(), LOSSES[name], microbatch=microbatch)
-    whole, _ = seen_in_a_step(network(), LOSSES[name])
+def test_steps_of_a_part_at_a_time_are_as_precise(microbatch: int) -> None:
+    whole, _ = seen_in_a_step(network(), blocks)
+    found, chosen = seen_in_a_step(network(), blocks, microbatch=microbatch)
     assert chosen == "traced"
-    assert asymmetry(found) <= 1e-6
     assert float((found - whole).norm()) <= 1e-6 * float(whole.norm())
 
 
-@pytest.mark.parametrize("tail", [None, nn.LayerNorm(5)])
-def test_an_operator_under_autocast_is_as_precise_in_parts(tail: nn.Module | None) -> None:
+@pytest.mark.parametrize("loss", [F.mse_loss, blocks])
+@pytest.mark.parametrize("tail", [None, Widened()])
+def test_operators_of_a_part_at_a_time_are_as_precise(tail: nn.Module | None, loss: Loss) -> None:
     model, x, y = network(tail), torch.randn(24, 6), torch.randn(24, 5)
     v = torch.randn(sum(p.numel() for p in model.parameters()), 2)
     with torch.autocast("cpu", torch.bfloat16):
-        whole = GaussNewton.from_loss(model, F.mse_loss, x, y) @ v
-        found = GaussNewton.from_loss(model, F.mse_loss, x, y, microbatch=7) @ v
+        whole = GaussNewton.from_loss(model, loss, x, y) @ v
+        found = GaussNewton.from_loss(model, loss, x, y, microbatch=7) @ v
     assert found.dtype == torch.float32
     assert float((found - whole).norm()) <= 1e-6 * float(whole.norm())
 
