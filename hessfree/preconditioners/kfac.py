@@ -221,8 +221,8 @@ def _measure(
     outer: list[Tensor | None] = [None] * len(layers)
     for i, layer in enumerate(layers):
         if layer.is_output and constant is not None and layer.place == Place(layer.place.weight, layer.place.bias):
-            if isinstance(layer.calls[0].module, nn.Linear):
-                rows = layer.calls[0].outputs[0].shape.numel() // layer.width
+            if all(isinstance(call.module, nn.Linear) for call in layer.calls):
+                rows = sum(call.outputs[0].shape.numel() for call in layer.calls) // layer.width
                 outer[i] = (constant * rows).to(parameters.dtype).expand(layer.width)
     squares = [torch.zeros(parameters.shapes[i], dtype=parameters.dtype, device=parameters.device) for i in others]
     sampled = [layer for layer, known in zip(layers, outer, strict=True) if known is None]

@@ -26,7 +26,7 @@ class LayerCalls:
         calls: The calls.
         parts: How each call's layer looks.
         owns_bias: Whether each call adds the block's bias: two layers may share the weight and not the bias.
-        is_output: What the layer returns is z itself.
+        is_output: What the layer returns is z itself, or at several calls parts of z.
         rows: The rows that `inner` was the mean over.
     """
 
@@ -114,7 +114,8 @@ def _group(sample: Sample) -> list[LayerCalls]:
             layer.parts.append(part)
             layer.owns_bias.append(bias is not None and layer.place.bias == bias)
             out = call.outputs[0].edge
-            layer.is_output = len(layer.calls) == 1 and (out.node, out.output_nr) in edges
+            returned = (out.node, out.output_nr) in edges
+            layer.is_output = returned and (layer.is_output or len(layer.calls) == 1)
     return list(layers.values())
 
 

@@ -41,7 +41,7 @@ def test_two_processes_with_a_monitor_are_one() -> None:
     assert first["metrics"].pop("hessfree/curvature_samples") == 8  # a process counts its own
     assert alone["metrics"].pop("hessfree/curvature_samples") == 16
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
-    # in the file of the first process a line of the monitor's and one of `mine` a step, and its mean at each epoch's end
+    # written by the first process: a line of the monitor's and one of `mine` a step, and its mean at an epoch's end
     assert len(written) == 1 + 3 * (2 * BATCHES + 1) and nothing == []
 
 
