@@ -26,7 +26,7 @@ class LayerCalls:
         calls: The calls.
         parts: How each call's layer looks.
         owns_bias: Whether each call adds the block's bias: two layers may share the weight and not the bias.
-        is_output: What the layer returns is z itself, or at several calls parts of z.
+        is_output: What the layer returns is z itself, or at several calls parts of z, and leads to no other part of z.
         rows: The rows that `inner` was the mean over.
     """
 
@@ -132,6 +132,9 @@ def served_layers(sample: Sample) -> tuple[list[LayerCalls], list[int]]:
     served: list[LayerCalls] = []
     declined: set[int] = set()
     for layer in layers:
+        # in a rollout, what a call returned is a part of z and goes into the next call as well
+        ends = [call.outputs[0].edge for call in layer.calls]
+        layer.is_output &= not any(use.output == e.output_nr for e in ends for use in uses.of(e.node))
         if any(uses.pass_by(params[i], returned[i]) for i in layer.place.numbers):
             declined.update(layer.place.numbers)
         else:

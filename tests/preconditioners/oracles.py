@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hessfree.losses import OutputHessian
 from hessfree.preconditioners import Sample
 from hessfree.recording import CallTree, Owners, Tail
 from hessfree.vectors import FlatSpace, ParameterVector
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[Any], Tensor]  # of what the model returned
 
 
 def sample_of(model: nn.Module, inputs: Any, loss_fn: Loss, seed: int = 0) -> Sample:
@@ -33,14 +34,24 @@ def sample_of(model: nn.Module, inputs: Any, loss_fn: Loss, seed: int = 0) -> Sa
 
 def output_hessian(model: nn.Module, inputs: Any, loss_fn: Loss) -> Tensor:
     """Return H `[Z, Z]`."""
-    z = model(inputs).detach()
-    return torch.autograd.functional.hessian(lambda flat: loss_fn(flat.view(z.shape)), z.reshape(-1))
+    leaves, structure = tree_flatten(model(inputs))
+
+    def of_flat(flat: Tensor) -> Tensor:
+        pieces = zip(flat.split([t.numel() for t in leaves]), leaves, strict=True)
+        return loss_fn(tree_unflatten([piece.view(t.shape) for piece, t in pieces], structure))
+
+    return torch.autograd.functional.hessian(of_flat, _flat(leaves).detach())
+
+
+def _flat(returned: Any) -> Tensor:
+    """Return z `[Z]`, all tensors of what a model returned."""
+    return torch.cat([t.reshape(-1) for t in tree_leaves(returned)])
 
 
 def gauss_newton(model: nn.Module, inputs: Any, loss_fn: Loss) -> Tensor:
     """Return G = JᵀHJ `[P, P]` in the order of the parameters that require grad."""
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    jacobian = jacrev(lambda values: functional_call(model, values, (inputs,)).reshape(-1))(params)
+    jacobian = jacrev(lambda values: _flat(functional_call(model, values, (inputs,))))(params)
     dense = torch.cat([jacobian[name].reshape(-1, p.numel()) for name, p in params.items()], 1)
     return dense.T @ output_hessian(model, inputs, loss_fn) @ dense
 
@@ -67,7 +78,7 @@ def exact_factors(model: nn.Module, inputs: Any, loss_fn: Loss) -> dict[int, Fac
         calls.append((module, args[0].detach(), output))
 
     handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    z = model(inputs).reshape(-1)
+    z = _flat(model(inputs))
     for handle in handles:
         handle.remove()
     hessian = output_hessian(model, inputs, loss_fn)

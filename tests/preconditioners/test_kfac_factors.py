@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessfree import KFAC
 from tests.preconditioners.kfac_cases import DOUBLE, LOSSES, MODELS, by_hand, close, learn, mean_square, mlp, randn
-from tests.preconditioners.oracles import block_places, dense, exact_factors, full, gauss_newton, sample_of
+from tests.preconditioners.oracles import Loss, block_places, dense, exact_factors, full, gauss_newton, sample_of
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -47,6 +48,47 @@ def test_exact_factors_of_many_rows(name: str, loss: str) -> None:
         factors = expected[id(sample.parameters.params[block["weight"]])]
         close(block["inner"], factors.inner)
         close(full(block["outer"]), factors.outer)
+
+
+class Calls(nn.Module):
+    """One network called twice, both of whose outputs are z."""
+
+    def __init__(self, rollout: bool) -> None:
+        super().__init__()
+        self.rollout, self.net = rollout, mlp(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.net(x)
+        return first, self.net(first if self.rollout else x.flip(0)[:4] + 1)
+
+
+def of_both(loss: Loss) -> Loss:
+    return lambda z: loss(torch.cat(z))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("rollout", [True, False], ids=["rollout", "independent"])
+def test_exact_factors_of_a_network_called_twice(rollout: bool, loss: str) -> None:
+    """What the first call returned is a part of z; in a rollout it is the second call's input as well."""
+    model, x, loss_fn = Calls(rollout), randn(4, 3, seed=3), of_both(LOSSES[loss])
+    sample = sample_of(model, x, loss_fn)
+    expected = exact_factors(model, x, loss_fn)
+    blocks = learn(sample)["blocks"]
+    assert len(blocks) == 2
+    for block in blocks:
+        factors = expected[id(sample.parameters.params[block["weight"]])]
+        close(block["inner"], factors.inner)
+        close(full(block["outer"]), factors.outer)
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_the_last_layer_takes_no_sample_where_its_calls_are_independent(rows: int) -> None:
+    model, x = Calls(False), randn(rows, 3, seed=3)  # the second call takes four rows
+    sample, expected = sample_of(model, x, of_both(mean_square)), exact_factors(model, x, of_both(mean_square))
+    last = learn(sample, KFAC())["blocks"][1]
+    close(last["inner"], expected[id(model.net[2].weight)].inner)
+    close(full(last["outer"]), expected[id(model.net[2].weight)].outer)
+    assert learn(sample_of(Calls(True), x, of_both(mean_square)), KFAC())["blocks"][1]["outer"].ndim == 2
 
 
 def test_a_shared_bias_belongs_to_the_first_weight() -> None:
