@@ -58,7 +58,7 @@ def check_independent(
 
 def _couples(hessian: OutputHessian, count: int) -> bool:
     """Tell whether H leads from half of the samples to the other half."""
-    for half, others in _halves(count, hessian.space.device):
+    for half, others in _halves(count):
         w = hessian.space.zeros()
         for piece in hessian.space.views(w):
             piece[half] = 1
@@ -72,21 +72,21 @@ def _mixes(recorded: Trace, cut: Cut, parameters: ParameterVector, parts: Sequen
     return any(
         _Disturbed(recorded, cut, parameters, part, kept).network is None
         for part in parts
-        for pair in _halves(part.stop - part.start, parameters.device)
+        for pair in _halves(part.stop - part.start)
         for kept in pair
     )
 
 
-def _halves(count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _halves(count: int) -> list[tuple[Tensor, Tensor]]:
     """Divide samples in two: in order, and one of each two neighbours at random, for those may meet in pairs."""
     if count == 1:
         return []
-    first, second = torch.arange(count).chunk(2)
-    pairs = torch.arange(count - 1)[::2]
-    coins = torch.randint(0, 2, pairs.shape, generator=torch.Generator().manual_seed(0))
-    odd = torch.arange(2 * len(pairs), count)
-    divisions = [(first, second), (torch.cat([pairs + coins, odd]), pairs + 1 - coins)]
-    return [(one.to(device), other.to(device)) for one, other in divisions]
+    # on the CPU, from where they index tensors on any device: arguments may be elsewhere than the parameters
+    first, second = torch.arange(count, device="cpu").chunk(2)
+    pairs = torch.arange(0, count - 1, 2, device="cpu")
+    coins = torch.randint(0, 2, pairs.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    odd = torch.arange(2 * len(pairs), count, device="cpu")
+    return [(first, second), (torch.cat([pairs + coins, odd]), pairs + 1 - coins)]
 
 
 class _Disturbed(Evaluation):
@@ -104,7 +104,8 @@ class _Disturbed(Evaluation):
         if new is None or whole is None or new.shape != whole[self.rows].shape:
             return None
         out = whole[self.rows].clone()
-        out[self._kept] = new[self._kept]
+        # recorded under autocast, z may be rounded to another dtype than this evaluation's
+        out[self._kept] = new[self._kept].to(out.dtype)
         return out
 
     def _part(self, leaf: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from torch.nn import functional as F
 
 from hessfree import EmpiricalFisher, GaussNewton, MonteCarloFisher
 from hessfree.linearization import ChunkedLinearization
+from hessfree.losses import OutputHessian
+from hessfree.operators.independence import check_independent
+from hessfree.operators.known_cuts import trace_in_parts
+from hessfree.vectors import ParameterVector
 from tests.architectures import ConvNet, classes, mlp, randn
 from tests.networks import PROBLEMS, make
 from tests.oracle import error, truth
@@ -155,6 +160,25 @@ def test_batch_normalisation_is_named() -> None:
 def test_any_other_mixing_is_found(causal: bool) -> None:
     with pytest.raises(ValueError, match="OverBatch mixes the samples of a batch; call"):
         EmpiricalFisher.from_loss(OverBatch(causal).double(), F.mse_loss, randn(6, 3), randn(6, 3))
+
+
+def test_mixing_is_found_under_autocast_too() -> None:
+    model, x, y = OverBatch(causal=True), randn(6, 3).float(), randn(6, 3).float()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="OverBatch mixes the samples"):
+        EmpiricalFisher.from_loss(model, F.mse_loss, x, y)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_arguments_on_another_device_than_the_parameters(mixes: bool) -> None:
+    """Tensors on the CPU can be indexed by no tensor elsewhere; the device here is one that every machine has."""
+    model, x, y = OverBatch(causal=True).double() if mixes else mlp(3, 4, 3), randn(6, 3), randn(6, 3)
+    parameters = ParameterVector(list(model.parameters()))
+    recorded, cut, _ = trace_in_parts(model, F.mse_loss, x, y, parameters, None)
+    hessian = OutputHessian.of(cut)
+    parameters.device = torch.device("meta")
+    said = pytest.raises(ValueError, match="OverBatch mixes the samples") if mixes else contextlib.nullcontext()
+    with said:
+        check_independent(recorded, cut, hessian, parameters)
 
 
 @pytest.mark.parametrize("microbatch", [None, 4])
