@@ -84,11 +84,14 @@ class HessianFreeMonitor(Callback):
     TensorBoard, every `every_n_steps` there is a histogram of final residuals and a figure of the residual's way down,
     and the settings stand under Text and HParams.
 
-    With `accumulate_grad_batches`, which shows a step's closure the last micro-batch alone, it makes the step one of
-    all of them: each is evaluated once more within the step, unseen by logs and hooks, and gradient, curvature and ρ
-    are those of a whole batch. The memory is that of a whole batch too, and k micro-batches cost 2k − 1 gradients. With
-    `whole_batches=False`, or where the optimizer has a `curvature_batch` or a `microbatch`, curvature and ρ are the
-    last micro-batch's, as they are without this callback; the optimizer is told of how many `p.grad` is the sum.
+    With `accumulate_grad_batches=k` a step holds the graphs of all k micro-batches at once, as one on a whole batch
+    does, and takes 2k − 1 gradients; `whole_batches=False` goes back to the curvature of the last micro-batch. That one
+    is all that a step's closure has, so the others are evaluated once more within the step, unseen by logs and hooks:
+    gradient, curvature and ρ are those of a whole batch. Noise is drawn again as it was, from torch's, Python's and
+    numpy's global generators and from each `torch.Generator` that is an attribute of the LightningModule or a part of
+    it. Hooks that change gradients act on the sum: what they do to the gradient of earlier micro-batches is undone.
+    With `whole_batches=False`, or where the optimizer has a `curvature_batch` or a `microbatch`, curvature and ρ are
+    the last micro-batch's, as they are without this callback; the optimizer is told of how many `p.grad` is the sum.
 
     With several optimizers of the kind, their numbers are under `hessfree/0/`, `hessfree/1/`, by their places among
     the Trainer's optimizers. Works in `lightning` and `pytorch_lightning`.
@@ -108,7 +111,8 @@ class HessianFreeMonitor(Callback):
             patience: Stop the Trainer after so many steps in a row that gained nothing: rejected, or with a decrease
                 of their own loss below `tolerance`. None never does.
             tolerance: A part of the loss.
-            whole_batches: Take micro-batches of an accumulated gradient together for one step.
+            whole_batches: Take micro-batches of an accumulated gradient together for one step; False has the graph of
+                one at a time.
 
         Raises:
             ValueError: A number is out of range.

@@ -9,7 +9,7 @@ from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.leaf_hooks import leaf_hooks_off
 from hessfree.recording.onlookers import is_replaying, unseen
-from hessfree.recording.random_state import RandomState
+from hessfree.recording.random_state import GeneratorStates, RandomState
 from hessfree.recording.tail import Tail
 from hessfree.recording.together import Together
 from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
@@ -24,6 +24,7 @@ __all__ = [
     "Closure",
     "Cut",
     "CutPlace",
+    "GeneratorStates",
     "Output",
     "Owners",
     "Path",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -132,9 +133,19 @@ class Watching(Regression):
         super().__init__(net=net)
         self.seen: list[float] = []
         self.hooks = 0
+        self.generator = torch.Generator().manual_seed(4)
+        self.net[1].generator = torch.Generator().manual_seed(5)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:  # between the monitor's look and the last training step
+            torch.rand(2, generator=self.generator)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
+        noise = [
+            torch.randn(t.shape, generator=part.generator, dtype=t.dtype)
+            for t, part in zip(batch, (self, self.net[1]), strict=True)
+        ]
+        loss = super().training_step([t + 0.1 * n for t, n in zip(batch, noise, strict=True)], batch_idx)
         self.log("mine", loss, on_step=False, on_epoch=True)
         if not hessfree.is_replaying():
             self.seen.append(float(loss.detach()))
@@ -152,15 +163,49 @@ def test_micro_batches_taken_together_are_seen_once() -> None:
         torch.manual_seed(2)
         trainer = fit(module, loader(32, 8, torch.float64), accumulate_grad_batches=4, callbacks=callbacks)
         modules.append(module)
-        states.append([torch.get_rng_state(), *module.buffers()])
+        generators = module.generator.get_state(), module.net[1].generator.get_state()
+        states.append([torch.get_rng_state(), *generators, *module.buffers()])
         logged.append(float(trainer.callback_metrics["mine"]))
     together, last = modules
     assert together.seen == last.seen and together.hooks == last.hooks == 4 and logged[0] == logged[1]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    # the very losses that the user saw: with the same masks
+    # the very losses that the user saw: with the same masks and noise
     assert together.reports[0].loss == pytest.approx(sum(together.seen) / 4, rel=1e-12)
     assert last.reports[0].loss == pytest.approx(last.seen[-1] / 4, rel=1e-12)
     assert together.reports[0].reduction_ratio != pytest.approx(last.reports[0].reduction_ratio, rel=1e-3)
+
+
+def test_hooks_that_change_gradients_act_on_the_sum() -> None:
+    class Halving(Regression):
+        def on_after_backward(self) -> None:
+            for p in self.parameters():
+                p.grad.mul_(0.5)
+
+    ends = []
+    for parts in (1, 4):
+        module, data = Halving(net=network(torch.float64)), loader(64, 32 // parts, torch.float64)
+        fit(module, data, accumulate_grad_batches=parts, callbacks=[HessianFreeMonitor()])
+        assert len(module.reports) == 2
+        ends.append(flat(module))
+    way = (ends[0] - flat(network(torch.float64))).norm()
+    assert float((ends[1] - ends[0]).norm()) <= 1e-10 * float(way)
+
+
+@pytest.mark.parametrize(("settings", "parts", "times"), [({}, 4, 1), ({"whole_batches": False}, 4, 0), ({}, 1, 0)])
+def test_says_once_what_whole_batches_cost(
+    settings: dict[str, Any], parts: int, times: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the Trainer's own log, for a warning would end the runs of those who take warnings for errors."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    monitor = HessianFreeMonitor(**settings)
+    fit(Regression(), loader(64, 8), max_epochs=2, accumulate_grad_batches=parts, callbacks=[monitor])
+    said = [r for r in caplog.records if "whole_batches" in r.getMessage()]
+    assert len(said) == times
+    for record in said:
+        assert record.name.startswith("lightning.pytorch.") and record.levelno == logging.INFO
+        for words in ("all 4 micro-batches", "7 gradients", "HessianFreeMonitor(whole_batches=False)"):
+            assert words in record.getMessage()
 
 
 def test_a_part_of_a_batch_is_taken_of_the_last_micro_batch() -> None:
