@@ -198,7 +198,7 @@ class CurvatureBuilder:
         operator = GaussNewton(linearization, hessian, parameters, direct, outputs)
 
         def make() -> Sample:
-            network = evaluation.network
+            network, batches = evaluation.network, evaluation.batches()
             assert network is not None
             return Sample(
                 parameters,
@@ -210,6 +210,7 @@ class CurvatureBuilder:
                 seed,
                 scale,
                 shifts,
+                batches=() if hessian.couples(batches) else batches,
             )
 
         def sample() -> Sample:

@@ -223,6 +223,30 @@ class Evaluation:
                 return False
         return True
 
+    def batches(self) -> tuple[int, ...]:
+        """Tell apart the outputs of calls that share no samples, micro-batches say.
+
+        Returns:
+            For each output the number of its batch, from 0; empty where there is one batch, or where that is not known
+            of outermost calls: two are given the same tensor as long as the outputs, or one is given what was computed
+            from something with a gradient, which may be another's output.
+        """
+        roots = {id(o): call.path[0] for call in self.calls for o in call.outputs}
+        found = [roots[id(o)] for o in self.outputs] if roots else []
+        numbers = {root: i for i, root in enumerate(dict.fromkeys(found))}
+        if len(numbers) < 2:
+            return ()
+        taken: set[int] = set()
+        for number in numbers:
+            call = self.roots[number]
+            lengths = {o.shape[0] for o, root in zip(self.outputs, found, strict=True) if root == number and o.shape}
+            given = [t for t in tree_leaves((call.inputs, call.keywords)) if isinstance(t, Tensor)]
+            samples = {id(t) for t in given if t.ndim and t.shape[0] in lengths}
+            if samples & taken or any(t.grad_fn is not None for t in given):
+                return ()
+            taken |= samples
+        return tuple(numbers[root] for root in found)
+
     def finite(self) -> bool:
         """Tell whether all recorded outputs are finite numbers."""
         return all(o.value is not None and bool(o.value.isfinite().all()) for o in self.outputs)

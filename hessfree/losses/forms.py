@@ -18,9 +18,12 @@ class Form(abc.ABC):
 
     Attributes:
         words: What a report says of it.
+        determined: Whether one product with H tells that a form fits. The numbers of a form may be as many as those of
+            the product that they were taken from (a weight for each block of two): then a second has to fit.
     """
 
     words: str
+    determined: bool = True
 
     @property
     @abc.abstractmethod
@@ -216,6 +219,7 @@ class SoftmaxForm(Form):
         self._p = p
         self._scale = scale
         self.words = f"softmax over {layout.width}"
+        self.determined = layout.width > 2
 
     @functools.cached_property
     def negative(self) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hessfree.losses.forms import BlockForm, DiagonalForm, Form, SoftmaxForm
+from hessfree.losses.forms import BlockForm, DiagonalForm, Form
+from hessfree.losses.joined_form import JoinedForm
 from hessfree.losses.layout import layouts
+from hessfree.losses.probe import Fits, Probe
 from hessfree.recording import Cut, space_of
 from hessfree.vectors import FlatSpace
 
@@ -87,30 +90,37 @@ class OutputHessian:
         """
         if space.dtypes == self.space.dtypes:
             return self
-        form, own = self.form, self._product
-
-        def product(w: list[Tensor]) -> Sequence[Tensor | None]:
-            return own(w) if form is None else space.views(form.matvec(space.flatten(w)))
-
-        values = [None if v is None else v.to(t) for v, t in zip(self._values, space.dtypes, strict=True)]
-        return OutputHessian(product, space, values)
+        form = self.form
+        if form is None:
+            values = [None if v is None else v.to(t) for v, t in zip(self._values, space.dtypes, strict=True)]
+            return OutputHessian(self._product, space, values)
+        same = OutputHessian(lambda w: space.views(form.matvec(space.flatten(w))), space, [None] * len(space.shapes))
+        vars(same)["closed"] = form  # a product with it is one with H here, and z is not needed to find it again
+        return same
 
     @functools.cached_property
     def closed(self) -> Form | None:
         """H in a closed form that multiplies as exactly as H itself and in fewer passes; None where none is known.
 
-        In order: zero or c·I, softmax blocks of any size, diagonal. It costs one product, and a diagonal one more.
-        Each is accepted only if it reproduces the product with a random vector to rounding.
+        In order: zero or c·I, softmax blocks of any size, a form for each of several outputs, diagonal. It costs one
+        product, a diagonal or a softmax of two one more, and several forms up to two more. Each is accepted only if it
+        reproduces the products with random vectors to rounding.
         """
-        w, y = self._probe
+        probe = self._probed()
         eps = max(torch.finfo(d).eps for d in self.space.dtypes)
-        bound = min(32 * eps, 0.1 * eps**0.5) * y.norm()
-        for propose in (self._scalar, self._softmax, self._diagonal):
-            for form in propose(w, y):
-                if bool(_misfit(form, w, y) <= bound):
-                    self._let_go(form)
-                    return form
-        return None
+        relative = min(32 * eps, 0.1 * eps**0.5)
+        bound = relative * probe.y.norm()
+        # where one of several outputs is of next to no curvature, all of it may be rounding
+        least = bound / max(len(self.space.shapes), 1) ** 0.5
+
+        def fits(form: Form, w: Tensor, y: Tensor) -> bool:
+            limit = bound if y is probe.y else torch.maximum(relative * y.norm(), least)
+            return bool(_misfit(form, w, y) <= limit)
+
+        form = self._first((probe.scalar(), probe.softmax(), probe.joined(fits), probe.diagonal()), fits)
+        if form is not None:
+            self._let_go(form)
+        return form
 
     def find_closed(self) -> bool:
         """Look for a closed form now, and let the loss's graph be freed if there is one.
@@ -136,18 +146,54 @@ class OutputHessian:
         """H in a form that has a square root, or None where none was found.
 
         The closed form, or else blocks of at most 64 outputs a sample, which take as many products. Accepted only if
-        it reproduces the product with a random vector; what separates the two may be as small as the noise of
+        it reproduces the products with random vectors; what separates the two may be as small as the noise of
         sampling.
         """
         if self.closed is not None:
             return self.closed
-        w, y = self._probe
-        bound = 0.1 * max(torch.finfo(d).eps for d in self.space.dtypes) ** 0.5 * y.abs().max()
-        for propose in (self._scalar, self._diagonal, self._blocks, self._softmax):
-            for form in propose(w, y):
-                if bool((form.matvec(w) - y).abs().max() <= bound):
+        probe = self._probed()
+        bound = 0.1 * max(torch.finfo(d).eps for d in self.space.dtypes) ** 0.5 * probe.y.abs().max()
+
+        def fits(form: Form, w: Tensor, y: Tensor) -> bool:
+            return not w.numel() or bool((form.matvec(w) - y).abs().max() <= bound)
+
+        proposals = probe.scalar(), probe.diagonal(), self._blocks(probe.y), probe.softmax(), probe.joined(fits)
+        return self._first(proposals, fits)
+
+    def couples(self, groups: Sequence[int]) -> bool:
+        """Tell whether the loss couples outputs of different groups.
+
+        Args:
+            groups: The number of each output's group, from 0.
+
+        Returns:
+            Whether H has an entry between two groups. It takes a product for each bit of a group's number, where no
+            closed form tells.
+        """
+        if not any(groups) or isinstance(self.closed, (DiagonalForm, JoinedForm)):
+            return False
+        pieces = self.space.split(self._probe[0])
+        for bit in range(max(groups).bit_length()):
+            inside = [bool(group >> bit & 1) for group in groups]
+            found = self._product([t if own else torch.zeros_like(t) for t, own in zip(pieces, inside, strict=True)])
+            if any(not own and t is not None and bool(t.any()) for t, own in zip(found, inside, strict=True)):
+                return True
+        return False
+
+    def _first(self, proposals: Sequence[Iterator[Form]], fits: Fits) -> Form | None:
+        """Return the first form that fits, to a second product too where its numbers leave the first no choice."""
+        for form in itertools.chain.from_iterable(proposals):
+            if fits(form, *self._probe):
+                if form.determined:
+                    return form
+                other = self._probe[0].flip(0)
+                if fits(form, other, self.matvec(other)):
                     return form
         return None
+
+    def _probed(self) -> Probe:
+        w, y = self._probe
+        return Probe(self.space, self._values, w, y, lambda: self.matvec(torch.ones_like(w)))
 
     @functools.cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
@@ -159,14 +205,7 @@ class OutputHessian:
             return w, found[0].detach().reshape(-1)  # read only, so that it need not be a copy
         return w, self.space.flatten(found)
 
-    def _scalar(self, w: Tensor, y: Tensor) -> Iterator[Form]:
-        if self.space.size:
-            yield DiagonalForm(y[0] / w[0])
-
-    def _diagonal(self, w: Tensor, y: Tensor) -> Iterator[Form]:
-        yield DiagonalForm(self.matvec(torch.ones_like(w)))
-
-    def _blocks(self, w: Tensor, y: Tensor) -> Iterator[Form]:
+    def _blocks(self, y: Tensor) -> Iterator[Form]:
         for layout in layouts(self.space):
             if layout.width > LARGEST_BLOCK:
                 continue
@@ -176,17 +215,6 @@ class OutputHessian:
                 unit[:, k] = 1
                 columns.append(layout.gather(self.matvec(layout.scatter(unit))))
             yield BlockForm(layout, torch.stack(columns, 2))
-
-    def _softmax(self, w: Tensor, y: Tensor) -> Iterator[Form]:
-        if len(self._values) != 1 or self._values[0] is None:
-            return
-        for layout in layouts(self.space):
-            if layout.width > 1:
-                p = layout.gather(self.space.flatten(self._values)).softmax(1)
-                shape = SoftmaxForm(layout, p, y.new_ones(layout.count, 1))
-                direction = layout.gather(shape.matvec(w))
-                scale = (direction * layout.gather(y)).sum(1, True) / direction.square().sum(1, True)
-                yield SoftmaxForm(layout, p, torch.nan_to_num(scale))
 
 
 def _misfit(form: Form, w: Tensor, y: Tensor) -> Tensor:

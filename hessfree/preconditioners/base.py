@@ -20,7 +20,7 @@ from hessfree.losses import OutputHessian
 from hessfree.recording import Call, Output
 from hessfree.rows import OutputGraph
 from hessfree.solvers import Map
-from hessfree.vectors import FlatSpace, ParameterVector
+from hessfree.vectors import ParameterVector
 
 State = dict[str, Any]
 
@@ -35,12 +35,14 @@ class Sample:
         calls: The recorded calls; those of tapped modules hold their inputs.
         hessian: H, the Hessian of the loss in z.
         gradients: The gradient of the loss in z, one an output; None where the loss does not use it.
-        samples: N, the number of samples.
+        samples: N, the number of samples along dimension 0 of every output; 1 where they share none.
         seed: For random cotangents; differs from step to step.
         scale: k: the solver's matrix is k times this sample's G.
         shifts: The diagonal of D at this step, one number a parameter; empty for zeros.
         ranks: The processes that learn together. Everything above is of this rank's batch.
-        shares: For every rank, the number of outputs, of samples in the longest output, and of samples.
+        shares: For every rank, the number of outputs, of signs by samples, and of samples.
+        batches: For each output, the number of the batch that it is of, where calls of the network share no samples
+            (micro-batches); empty where row n of every output is of sample n.
     """
 
     parameters: ParameterVector
@@ -54,6 +56,7 @@ class Sample:
     shifts: Sequence[float] = ()
     ranks: Ranks = ALONE
     shares: Sequence[tuple[int, int, int]] = ()
+    batches: tuple[int, ...] = ()
 
     @classmethod
     def of_all(cls, ranks: Ranks, make: Callable[[], Sample]) -> Sample:
@@ -67,7 +70,7 @@ class Sample:
             This rank's.
         """
         own = ranks.guard(make)
-        rows = ranks.agree(None, own.hessian.space.size, longest(own.hessian.space), own.samples)
+        rows = ranks.agree(None, own.hessian.space.size, sum(own.batch_rows), own.samples)
         shares = [(int(size), int(rows), int(samples)) for size, rows, samples in rows]
         return dataclasses.replace(own, ranks=ranks, shares=shares)
 
@@ -76,17 +79,31 @@ class Sample:
 
         Args:
             generator: In the same state on all ranks; it advances by as much on all.
-            by_samples: One for each sample of the longest output, not one for each output.
+            by_samples: One for each sample of the longest output of each batch, not one for each output.
 
         Returns:
             Ones and minus ones, in the outputs' dtype.
         """
         space = self.hessian.space
-        own = (space.size, longest(space), self.samples)
+        own = (space.size, sum(self.batch_rows), self.samples)
         counts = [share[int(by_samples)] for share in self.shares or [own]]
         first = sum(counts[: self.ranks.rank])
         drawn = torch.randint(0, 2, (sum(counts),), generator=generator, device=space.device)
         return drawn[first : first + own[int(by_samples)]].to(space.dtype).mul_(2).sub_(1)
+
+    @property
+    def batch_rows(self) -> list[int]:
+        """The number of samples of each batch: of its output that has the most."""
+        shapes = self.hessian.space.shapes
+        rows = [0] * (max(self.batches, default=0) + 1)
+        for shape, batch in zip(shapes, self.batches or [0] * len(shapes), strict=True):
+            rows[batch] = max(rows[batch], shape[0] if shape else 1)
+        return rows
+
+    @property
+    def mean_over(self) -> int:
+        """The number of samples that the loss is taken for a mean over: those of all batches."""
+        return max(sum(self.batch_rows), 1) if self.batches else self.samples
 
     @property
     def graph(self) -> OutputGraph:
@@ -96,11 +113,6 @@ class Sample:
     def generator(self) -> torch.Generator:
         """Return a generator on the outputs' device, seeded by the step."""
         return torch.Generator(self.hessian.space.device).manual_seed(self.seed)
-
-
-def longest(space: FlatSpace) -> int:
-    """Return the number of samples of the output that has the most."""
-    return max((shape[0] for shape in space.shapes if shape), default=1)
 
 
 class Preconditioner(Protocol):

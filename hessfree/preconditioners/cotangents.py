@@ -25,7 +25,7 @@ def cotangents(sample: Sample, factors: str) -> tuple[Iterator[Tensor], str | No
     generator = sample.generator()
     if form is None:
         # sqrt(N) times the mean loss's own gradients: u uᵀ has the empirical Fisher matrix as its mean
-        own = space.flatten(sample.gradients) * math.sqrt(sample.samples)
+        own = space.flatten(sample.gradients) * math.sqrt(sample.mean_over)
         return iter([own * signs(sample, generator)]), (
             "the Hessian of the loss in the outputs has no structure that can be sampled; the preconditioner uses "
             "the loss's own output gradients instead (the empirical Fisher)"
@@ -43,9 +43,10 @@ def signs(sample: Sample, generator: torch.Generator) -> Tensor:
         generator: On their device.
 
     Returns:
-        Signs `[Z]`, the same for all outputs of a sample.
+        Signs `[Z]`, the same for all outputs of a sample; those of another batch are of other samples.
     """
-    space, drawn = sample.hessian.space, sample.signs(generator, by_samples=True)
+    space = sample.hessian.space
+    drawn = sample.signs(generator, by_samples=True).split(sample.batch_rows)
     rows = [shape[0] if shape else 1 for shape in space.shapes]
-    pieces = zip(rows, space.numels, strict=True)
-    return torch.cat([drawn[:n].repeat_interleave(numel // max(n, 1)) for n, numel in pieces])
+    pieces = zip(rows, space.numels, sample.batches or [0] * len(rows), strict=True)
+    return torch.cat([drawn[batch][:n].repeat_interleave(numel // max(n, 1)) for n, numel, batch in pieces])

@@ -32,7 +32,7 @@ class EmpiricalFisherDiagonal(Diagonal):
             The new state, and a warning where it is not finite.
         """
         space = sample.hessian.space
-        u = space.flatten(sample.gradients) * signs(sample, sample.generator()) * math.sqrt(sample.samples)
+        u = space.flatten(sample.gradients) * signs(sample, sample.generator()) * math.sqrt(sample.mean_over)
         return self.averaged(state, sample, lambda: squares(sample, [u]), step)
 
     def describe(self, state: State) -> str:

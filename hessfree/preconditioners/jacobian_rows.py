@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfree.losses import Form, JoinedForm
 from hessfree.preconditioners.base import Sample
 from hessfree.preconditioners.cotangents import cotangents
 from hessfree.preconditioners.kronecker import matrix_of
@@ -78,21 +79,21 @@ def _leading(sample: Sample, count: int | None) -> tuple[list[Leading], bool]:
             vectors = (u for s in several for u in cotangents(s, "sampled")[0])
             columns = [_masked(sample, u, count) / math.sqrt(draws) for u in vectors]
         return [Leading(tuple(range(len(space.shapes))), sample.samples, count, columns)], exact
-    # outputs that share no batch dimension: H is diagonal, or has no structure
+    # outputs that share no batch dimension: H couples no two of them, or has no structure
     sizes = [shape[0] if shape else 1 for shape in space.shapes]
     share = 1.0 if count is None else min(1.0, count / max(sum(sizes), 1))
     groups, exact = [], form is not None
-    root = form.root(torch.ones(space.size, dtype=space.dtype, device=space.device)) if form is not None else None
     for k, (size, numel) in enumerate(zip(sizes, space.numels, strict=True)):
         if numel == 0:
             continue
         width = numel // size
-        if root is not None and width <= MOST_COLUMNS:
-            whole = [_column(space.views(root)[k].reshape(size, width), j) for j in range(width)]
+        if form is not None and width <= MOST_COLUMNS:
+            whole = [u.reshape(size, width) for u in _columns_of(form, sample, k)]
         else:
             exact = False
             drawn, _ = cotangents(sample, "sampled")
-            weight = 1.0 if form is not None else math.sqrt(size / sample.samples)
+            known = form is not None or bool(sample.batches)  # else each output is taken for a mean of its own
+            weight = 1.0 if known else math.sqrt(size / sample.samples)
             whole = [space.views(u)[k].reshape(size, width) * weight for u in drawn]
         taken = max(1, math.ceil(share * size))
         columns = []
@@ -104,10 +105,19 @@ def _leading(sample: Sample, count: int | None) -> tuple[list[Leading], bool]:
     return groups, exact
 
 
-def _column(matrix: Tensor, j: int) -> Tensor:
-    out = torch.zeros_like(matrix)
-    out[:, j] = matrix[:, j]
-    return out
+def _columns_of(form: Form, sample: Sample, output: int) -> Iterator[Tensor]:
+    """Yield the columns of one output's root, where H couples no two outputs: `form` is diagonal, or joined."""
+    if isinstance(form, JoinedForm):
+        yield from form.columns_of(output)
+        return
+    space = sample.hessian.space
+    shape = space.shapes[output]
+    root = form.root(torch.ones(space.size, dtype=space.dtype, device=space.device))
+    matrix = space.views(root)[output].reshape(shape[0] if shape else 1, -1)
+    for column in range(matrix.shape[1]):
+        out = torch.zeros_like(matrix)
+        out[:, column] = matrix[:, column]
+        yield out
 
 
 def _masked(sample: Sample, u: Tensor, count: int) -> Tensor:

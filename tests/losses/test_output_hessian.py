@@ -28,6 +28,7 @@ class Case:
     words: str | None  # the form that should be found; None where there is none
     negative: bool = False
     blocks: tuple[int, int] | None = None  # (count, width), to compare columns block by block, if contiguous
+    products: int | None = None  # that the closed form costs, if it costs more than a scalar (1) or a diagonal (2)
 
 
 def one(loss: Callable[[Tensor], Tensor]) -> Loss:
@@ -36,6 +37,16 @@ def one(loss: Callable[[Tensor], Tensor]) -> Loss:
 
 def mixed(z: Sequence[Tensor]) -> Tensor:
     return ((z[0] - z[1]).square() * (0.3 * z[1]).exp()).mean() + z[0].pow(4).mean()
+
+
+def ce(z: Tensor, seed: int = 2) -> Tensor:
+    return F.cross_entropy(z.flatten(0, -2), classes(z[..., 0].numel(), high=z.shape[-1], seed=seed))
+
+
+def pairs(z: Sequence[Tensor]) -> Tensor:
+    """A ranking loss of the differences of two classes: each block of H w is that of a softmax, with some weight."""
+    d = torch.cat([t[:, 0] - t[:, 1] for t in z])
+    return F.softplus(d[:, None] - d[None] - 1).mean()
 
 
 TOKENS = classes(2, 4, high=5)
@@ -93,6 +104,43 @@ CASES: dict[str, Case] = {
     "coupled samples": Case(((5, 2),), one(lambda z: torch.logsumexp(z.flatten(), 0)), None),
     "wide and not a softmax": Case(((3, 70),), one(lambda z: z.square().sum(1).square().mean()), None),
     "outputs of different lengths": Case(((4, 2), (3, 2)), lambda z: (z[0].sum() * z[1].sum()).square(), None),
+    "two classes": Case(((5, 2),), one(ce), "softmax over 2", blocks=(5, 2), products=2),
+    "pairs of two classes": Case(((5, 2),), pairs, None, products=3),
+    "pairs of two classes in two outputs": Case(((4, 2), (3, 2)), pairs, None, products=3),
+    "two heads": Case(((4, 3), (4, 3)), lambda z: ce(z[0]) + 0.5 * ce(z[1], 5), "softmax over 3", products=2),
+    "micro-batches": Case(
+        ((4, 3), (4, 3), (2, 3)), lambda z: sum(ce(t, i) for i, t in enumerate(z)) / 3, "softmax over 3", products=2
+    ),
+    "wide micro-batches": Case(
+        ((2, 70), (1, 70)), lambda z: sum(ce(t, i) for i, t in enumerate(z)) / 2, "softmax over 70", products=2
+    ),
+    "micro-batches of tokens": Case(
+        ((2, 4, 5), (1, 4, 5)), lambda z: ce(z[0]) + ce(z[1]), "softmax over 5", products=2
+    ),
+    "classes and numbers": Case(
+        ((4, 3), (4, 2)), lambda z: ce(z[0]) + z[1].square().mean(), "softmax over 3 + scalar", products=2
+    ),
+    "classes and probabilities": Case(
+        ((4, 3), (5,)), lambda z: ce(z[0]) + F.softplus(z[1]).sum(), "softmax over 3 + diagonal", products=3
+    ),
+    "classes and what is linear": Case(
+        ((4, 3), (4, 2)), lambda z: ce(z[0]) + z[1].sum(), "softmax over 3 + scalar", products=2
+    ),
+    "classes, and two numbers compared": Case(
+        ((4, 3), (1, 1), (1, 1)), lambda z: ce(z[0]) + (z[1] - z[2]).square().sum(), None, products=3
+    ),
+    "hand-written micro-batches": Case(
+        ((4, 2), (4, 2), (4, 2)), lambda z: sum(hand_written(t, randn(4, 2, seed=i)) for i, t in enumerate(z)),
+        "blocks of 6", negative=True,
+    ),
+    "the last two micro-batches compared": Case(
+        ((4, 3), (4, 3), (2, 3)), lambda z: ce(z[0]) + (z[1][:2] - z[2]).square().sum(1).square().mean(), None
+    ),
+    "classes that share a weight": Case(((4, 3), (4, 3)), lambda z: ce(z[0]) * ce(z[1], 5), None),
+    "consistent classes": Case(
+        ((4, 3), (4, 3)), lambda z: ce(z[0]) + (z[0].softmax(1) - z[1].softmax(1)).square().mean(), "blocks of 6",
+        negative=True,
+    ),
 }
 
 
@@ -166,7 +214,10 @@ def test_columns_sum_to_the_blocks(name: str) -> None:
         assert columns.shape[1] == len(columns) // hessian.space.shapes[0][0]
 
 
-@pytest.mark.parametrize("name", ["mse", "huber", "cross-entropy", "wide cross-entropy", "pixels", "two outputs"])
+SAMPLED = ["mse", "huber", "cross-entropy", "wide cross-entropy", "pixels", "two outputs", "micro-batches"]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_samples_have_the_second_moment_of_the_hessian(name: str) -> None:
     hessian, dense, _ = case_of(name)
     assert hessian.form is not None
@@ -181,7 +232,10 @@ def test_samples_have_the_second_moment_of_the_hessian(name: str) -> None:
     assert torch.equal(again, draws[0])
 
 
-@pytest.mark.parametrize("name", ["mse", "cross-entropy", "wide cross-entropy", "pixels", "two outputs", "tokens"])
+LEADING = ["mse", "cross-entropy", "wide cross-entropy", "pixels", "two outputs", "tokens", "two heads"]
+
+
+@pytest.mark.parametrize("name", LEADING)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_leading_samples(name: str, rows: int) -> None:
     hessian, dense, case = case_of(name)
@@ -202,10 +256,71 @@ def test_the_closed_form_is_as_exact_as_the_product(name: str) -> None:
     calls = counted(hessian)
     words = None if hessian.closed is None else hessian.closed.words
     assert words == (None if case.words is None or "blocks" in case.words else case.words)
-    assert calls == [1 if words is not None and words != "diagonal" else 2]
+    assert calls == [case.products or (1 if words is not None and words != "diagonal" else 2)]
     if hessian.closed is not None:
         w = randn(len(dense), seed=40)
         assert error(hessian.closed.matvec(w), dense @ w) <= 1e-14
+
+
+@pytest.mark.parametrize("name", ["two heads", "classes and numbers", "cross-entropy", "mse"])
+def test_some_of_the_samples(name: str) -> None:
+    hessian, dense, case = case_of(name)
+    assert hessian.closed is not None
+    places = hessian.space.views(torch.arange(len(dense)))
+    keep = torch.cat([t[1:3].flatten() for t in places])
+    w = randn(len(keep), seed=42)
+    assert error(hessian.closed.within(hessian.space, slice(1, 3)).matvec(w), dense[keep][:, keep] @ w) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "coupled"),
+    [
+        ("micro-batches", (0, 1, 2), False),
+        ("classes that share a weight", (0, 1), True),
+        ("consistent classes", (0, 1), True),
+        ("consistent classes", (0, 0), False),
+        ("pairs of two classes in two outputs", (0, 1), True),
+        ("hand-written micro-batches", (0, 1, 2), False),
+        ("the last two micro-batches compared", (0, 1, 2), True),
+        ("the last two micro-batches compared", (0, 1, 1), False),
+    ],
+)
+def test_outputs_that_the_loss_couples(name: str, groups: tuple[int, ...], coupled: bool) -> None:
+    hessian, dense, _ = case_of(name)
+    group = torch.cat([torch.full((n,), g) for n, g in zip(hessian.space.numels, groups, strict=True)])
+    assert bool(dense[group[:, None] != group].any()) == coupled
+    assert hessian.couples(groups) == coupled
+
+
+def test_forms_of_several_outputs_are_as_tolerant_as_one_of_all() -> None:
+    """Of a micro-batch that is nearly certain a product is mostly rounding; beside the others it does not count."""
+    z = randn(6, 4).float()
+    z[:3] = torch.tensor([30.0, 0.0, 1.0, -1.0])
+    parts = [t.clone().requires_grad_() * 1 for t in z.split(3)]
+    loss = sum(F.cross_entropy(t, torch.tensor([0, 0, 0])) for t in parts)
+    outputs = Output.all_of(parts)
+    tail = Tail(loss, outputs, [])
+    space = FlatSpace([t.shape for t in parts], [t.dtype for t in parts], z.device)
+    hessian = OutputHessian(lambda w: tail.product(w)[0], space, [o.value for o in outputs])
+    assert hessian.closed is not None and hessian.closed.words == "softmax over 4"
+
+
+@pytest.mark.parametrize("shapes", [((4, 70),), ((4, 70), (2, 70))], ids=str)
+def test_a_form_found_in_half_precision_serves_in_full_precision(shapes: Shapes) -> None:
+    z = [randn(*shape, seed=i).bfloat16().requires_grad_() * 1 for i, shape in enumerate(shapes)]
+    outputs = Output.all_of(z)
+    tail = Tail(sum(ce(t.float()) for t in z), outputs, [])
+    space = FlatSpace([t.shape for t in z], [t.dtype for t in z], z[0].device)
+    hessian = OutputHessian(lambda w: tail.product(w)[0], space, [o.value for o in outputs])
+    single = FlatSpace(space.shapes, [torch.float32] * len(z), space.device)
+    found = hessian.in_precision_of(single)
+    assert found.closed is not None and found.form is found.closed and found.form.words == "softmax over 70"
+    flat = single.flatten([t.double() for t in z]).double()
+    dense = torch.autograd.functional.hessian(lambda v: sum(ce(t) for t in single.views(v)), flat)
+    w = randn(single.size, seed=40)
+    assert error(found.matvec(w.float()).double(), dense @ w) <= 5e-3  # its weights are of rounded products
+    u, v = w.float(), w.flip(0).float()
+    assert abs(float(u @ found.matvec(v) - v @ found.matvec(u))) <= 1e-6 * float(u.norm() * found.matvec(v).norm())
 
 
 def counted(hessian: OutputHessian) -> list[int]:

@@ -59,18 +59,21 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first = self.net(x)
-        return first, self.net(first if self.rollout else x.flip(0)[:4] + 1)
+        return first, self.net(first if self.rollout else x.flip(0)[:4] + 1)  # four rows
 
 
 def of_both(loss: Loss) -> Loss:
     return lambda z: loss(torch.cat(z))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("rollout", [True, False], ids=["rollout", "independent"])
-def test_exact_factors_of_a_network_called_twice(rollout: bool, loss: str) -> None:
+TWICE = [(rollout, loss, 4) for rollout in (True, False) for loss in LOSSES]
+TWICE += [(False, "mean square", 6), (False, "cross-entropy", 6)]
+
+
+@pytest.mark.parametrize(("rollout", "loss", "rows"), TWICE)
+def test_exact_factors_of_a_network_called_twice(rollout: bool, loss: str, rows: int) -> None:
     """What the first call returned is a part of z; in a rollout it is the second call's input as well."""
-    model, x, loss_fn = Calls(rollout), randn(4, 3, seed=3), of_both(LOSSES[loss])
+    model, x, loss_fn = Calls(rollout), randn(rows, 3, seed=3), of_both(LOSSES[loss])
     sample = sample_of(model, x, loss_fn)
     expected = exact_factors(model, x, loss_fn)
     blocks = learn(sample)["blocks"]
@@ -83,7 +86,7 @@ def test_exact_factors_of_a_network_called_twice(rollout: bool, loss: str) -> No
 
 @pytest.mark.parametrize("rows", [4, 6])
 def test_the_last_layer_takes_no_sample_where_its_calls_are_independent(rows: int) -> None:
-    model, x = Calls(False), randn(rows, 3, seed=3)  # the second call takes four rows
+    model, x = Calls(False), randn(rows, 3, seed=3)
     sample, expected = sample_of(model, x, of_both(mean_square)), exact_factors(model, x, of_both(mean_square))
     last = learn(sample, KFAC())["blocks"][1]
     close(last["inner"], expected[id(model.net[2].weight)].inner)
