@@ -19,11 +19,13 @@ from hessfree.memory import Memory, Outcome, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
 from hessfree.operators import Deferred, Sharded
-from hessfree.recording import Recording
+from hessfree.recording import Recording, not_moved, not_repeated
 from hessfree.report import StepReport
 from hessfree.settings import Settings
 from hessfree.solvers import OnShards, Solution
 from hessfree.vectors import ParameterVector
+
+_LEAP = 3.0  # times the loss of the step before: more than batches usually differ by
 
 
 class Attempt:
@@ -92,6 +94,9 @@ class Attempt:
         if not (math.isfinite(self._loss) and math.isfinite(norm)):
             return self._not_finite()
         uphill = self._cut_last(theta)
+        if uphill is None and 0 < _LEAP * self._memory.loss < self._loss:
+            why = f"rejected: the loss leapt from {self._memory.loss:.6g} to {self._loss:.6g}"
+            uphill = self._take_back(why, self._loss / _LEAP)
         if uphill is not None:
             return uphill
         self._memory = self._memory.with_gradient(gradient, self._settings.gradient_ema)
@@ -123,10 +128,7 @@ class Attempt:
         ratio = reduction_ratio(change, predicted, self._loss, self._recording.loss.dtype)
         if found.loss == self._loss and not math.isnan(ratio) and not self._recording.roots:
             replayable = False
-            self._warn(
-                f"the loss stayed at {self._loss:.6g} when the parameters changed: the closure computes it from what "
-                "was evaluated before. Move the forward pass into the closure. As it is, the damping stays fixed"
-            )
+            self._warn(not_moved(self._loss))
         self._facts |= {"loss_after": found.loss, "predicted_change": predicted, "reduction_ratio": ratio}
         if not found.accepted:
             return self._reject(found.why, ratio, replayable)
@@ -143,6 +145,7 @@ class Attempt:
             step=self._number,
             replayable=replayable,
             verified=math.isfinite(found.loss),
+            loss=self._loss,
             previous_step=taken,
             preconditioner=learned,
             pending=pending,
@@ -293,29 +296,31 @@ class Attempt:
         bound = max(rounding(self._loss), torch.finfo(self._recording.loss.dtype).eps ** 0.5 * abs(self._loss))
         same = abs(again - self._loss) <= bound
         if not same:
-            self._warn(
-                f"the closure gave a loss of {self._loss:.6g}, and {again:.6g} when it was called again with the same "
-                "parameters and random state: it draws data, or from a numpy Generator, or carries a state from call "
-                "to call. Draw the batch before the closure. As it is, the damping stays fixed and only steps that are "
-                "not finite are rejected"
-            )
+            self._warn(not_repeated(self._loss, again))
         return same
 
     def _not_finite(self) -> Outcome:
-        """Reject; and if the last step, whose loss nobody evaluated, led here, take it back."""
-        why = f"rejected: the loss is {self._loss}"
-        if math.isfinite(self._loss):
-            why = "rejected: the gradient is not finite"
+        """Reject; and if the last step led here, take it back."""
+        why = f"rejected: {'the gradient is not finite' if math.isfinite(self._loss) else f'the loss is {self._loss}'}"
+        undone = self._take_back(why, math.inf)
+        return self._reject(why) if undone is None else undone
+
+    def _take_back(self, why: str, bound: float) -> Outcome | None:
+        """Take the last step back, if nobody evaluated its loss and this batch's was at most `bound` before it.
+
+        Returns:
+            The outcome; None where that step is not to blame.
+        """
         previous = self._memory.previous_step
         if self._memory.verified or not self._memory.replayable or previous is None:
-            return self._reject(why)
+            return None
         self._parameters.try_step(self._backup, -previous)
         try:
-            blameless = math.isfinite(self._replay())
+            before = self._replay()
         finally:
             self.restore()
-        if not blameless:
-            return self._reject(why)
+        if not (math.isfinite(before) and before <= bound):
+            return None
         self._parameters.take_step(self._backup, -previous)
         outcome = self._reject(f"{why}; the step before, which led here, is taken back")
         memory = dataclasses.replace(outcome.memory, previous_step=None, earlier_steps=())

@@ -36,6 +36,7 @@ class Memory:
         step: Steps taken, rejected ones included.
         replayable: Whether the closure gives the same loss again; None while unknown.
         verified: Whether the loss after the last accepted step was evaluated.
+        loss: With which the last accepted step began; NaN where there was none.
         previous_step: The last accepted change of the parameters, `[P]`.
         preconditioner: What the preconditioner has learned.
         pending: Where ρ of the last step waits for the next loss: the numbers of `Pending`.
@@ -48,6 +49,7 @@ class Memory:
     step: int = 0
     replayable: bool | None = None
     verified: bool = True
+    loss: float = math.nan
     previous_step: Tensor | None = None
     preconditioner: dict[str, Any] = dataclasses.field(default_factory=dict)
     pending: tuple[float, float, float, bool] | None = None

@@ -4,7 +4,7 @@ from hessfree.recording.accumulation import BackwardCounter
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.buffers import BufferStates
 from hessfree.recording.calls import Call, CallTree, Output, Owners, space_of, twice_differentiable
-from hessfree.recording.checks import check_closure, check_reached
+from hessfree.recording.checks import check_closure, check_reached, not_moved, not_repeated
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
 from hessfree.recording.leaf_hooks import leaf_hooks_off
@@ -46,6 +46,8 @@ __all__ = [
     "leaf_hooks_off",
     "make_cut",
     "mark_outputs",
+    "not_moved",
+    "not_repeated",
     "record",
     "replay",
     "space_of",

@@ -155,3 +155,36 @@ def check_gradients_untouched(params: Sequence[Tensor], before: Sequence[tuple[T
                 "the closure filled p.grad without loss.backward(): it called torch.autograd.backward, or assigned "
                 "gradients itself, which HessianFree cannot follow; call loss.backward() instead"
             )
+
+
+def not_repeated(loss: float, again: float) -> str:
+    """Say that a closure cannot be replayed.
+
+    Args:
+        loss: What it computed.
+        again: The same, at the same parameters and random state.
+
+    Returns:
+        A warning, with the cure.
+    """
+    return (
+        f"the closure gave a loss of {loss:.6g}, and {again:.6g} when it was called again with the same "
+        "parameters and random state: it draws data, or from a numpy Generator, or carries a state from call "
+        "to call. Draw the batch before the closure. As it is, the damping stays fixed and only steps that are "
+        "not finite are rejected"
+    )
+
+
+def not_moved(loss: float) -> str:
+    """Say that a closure does not look at the parameters.
+
+    Args:
+        loss: What it computed, before and after a step.
+
+    Returns:
+        A warning, with the cure.
+    """
+    return (
+        f"the loss stayed at {loss:.6g} when the parameters changed: the closure computes it from what "
+        "was evaluated before. Move the forward pass into the closure. As it is, the damping stays fixed"
+    )
