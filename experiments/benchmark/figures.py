@@ -202,7 +202,8 @@ def _dots(axis: Any, summaries: Sequence[Summary], problems: Sequence[str], valu
             clip_on=False,
         )
     left, right = axis.get_xlim()
-    axis.set_xlim(left, right * (right / left) ** 0.15)  # room for the crosses
+    room = max(0.15, 0.035 * len({one.optimizer for one in summaries}))
+    axis.set_xlim(left, right * (right / left) ** room)  # for the crosses, beside all dots
     label_ticks(axis.xaxis)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
