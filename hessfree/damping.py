@@ -57,7 +57,8 @@ class ConstantDamping(DampingRule):
 class LevenbergMarquardt(DampingRule):
     """Shrink λ where the quadratic model predicted well, grow it where it did not (Martens 2010, sec. 4.1).
 
-    Every `every`-th step: ρ > `high` gives λ ← ω^every λ, ρ < `low` or a rejected step λ ← λ / ω^every.
+    Every `every`-th step: ρ > `high` gives λ ← ω^every λ, ρ < `low` or a rejected step λ ← λ / ω^every. In between, a
+    step after which the next loss is three times the last is taken back, where that loss was no higher before it.
 
     Attributes:
         every: Evaluate ρ at every so many steps; one replay of the closure each time.
