@@ -26,7 +26,7 @@ def find_fault(
     """
     if candidate.space.shapes != reference.space.shapes:
         return f"its outputs have shapes {candidate.space.shapes}, the recorded ones {reference.space.shapes}"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     v, other = (_random(parameters.size, parameters.values(), generator) for _ in range(2))
     u = _random(reference.space.size, reference.space.zeros(), generator)
     # a recording under autocast is only as good as its outputs' precision
@@ -55,4 +55,4 @@ def close(found: Tensor, truth: Tensor) -> bool:
 
 
 def _random(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator).to(device=like.device, dtype=like.dtype)
+    return torch.randn(size, generator=generator, device="cpu").to(device=like.device, dtype=like.dtype)

@@ -227,5 +227,5 @@ def _misfit(form: Form, w: Tensor, y: Tensor) -> Tensor:
 
 @functools.cache
 def _random_vector() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(PERIOD, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randn(PERIOD, generator=generator, dtype=torch.float32, device="cpu")

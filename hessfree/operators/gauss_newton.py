@@ -320,7 +320,8 @@ class GaussNewton(SymmetricOperator):
                 f"the loss couples the network's outputs with parameters that it uses directly, so that G is no Gram "
                 f"matrix plus a diagonal; {advice}"
             )
-        probe = torch.rand(self.size, generator=torch.Generator().manual_seed(0)).to(self.dtype).to(self.device) + 0.5
+        generator = torch.Generator("cpu").manual_seed(0)
+        probe = torch.rand(self.size, generator=generator, device="cpu").to(self.dtype).to(self.device) + 0.5
         ones = torch.ones_like(probe)
         h, y = (self.parameters.flatten(direct.product(None, self.parameters.split(v))[1]) for v in (ones, probe))
         if not bool((h * probe - y).norm() <= 100 * torch.finfo(self.dtype).eps * y.norm()):

@@ -26,7 +26,7 @@ def unit_rows(space: FlatSpace, size: int) -> Iterator[Tensor]:
     for i in range(0, space.size, step):
         count = min(step, space.size - i)
         units = torch.zeros(count, space.size, dtype=space.dtype, device=space.device)
-        units[torch.arange(count), torch.arange(i, i + count)] = 1
+        units.diagonal(i).fill_(1)
         yield units
 
 

@@ -182,8 +182,9 @@ def _bends(tail: Tail) -> list[bool]:
     Returns:
         One answer an output.
     """
-    generator = torch.Generator().manual_seed(0)
-    w = [torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in tail.outputs]
+    generator = torch.Generator("cpu").manual_seed(0)
+    draws = (torch.randn(o.shape, generator=generator, device="cpu") for o in tail.outputs)
+    w = [draw.to(device=o.device, dtype=o.dtype) for draw, o in zip(draws, tail.outputs, strict=True)]
     found, _ = tail.product(w)
     return [h is not None and bool(h.any()) for h in found]
 
