@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -129,9 +128,7 @@ def _vary(variation: Variation, settings: FullBatchSettings | HessianFreeSetting
     if isinstance(rows, int):
         arguments["curvature_batch"] = min(rows, batch_size)
     plain = RecipeSettings(
-        recipe=partial(
-            _build, settings=settings, arguments=arguments, damping=variation.damping, start=variation.start
-        ),
+        recipe=_Changed(settings, arguments, variation.damping, variation.start),
         lr=settings.lr,
         batch_size=batch_size,
         warmup=settings.warmup,
@@ -140,29 +137,29 @@ def _vary(variation: Variation, settings: FullBatchSettings | HessianFreeSetting
     return dataclasses.replace(plain, **changed)
 
 
-def _build(
-    parameters: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    seed: int,
-    settings: FullBatchSettings | HessianFreeSettings,
-    arguments: Mapping[str, Any],
-    damping: Mapping[str, Any],
-    start: float,
-) -> HessianFree:
-    """Build the optimizer of some settings, and another of its strategies with some of them changed.
+@dataclass(frozen=True)
+class _Changed:
+    """Builds the optimizer of some settings, and another of its strategies with some of them changed.
 
     So nothing of a recipe is written twice. The moments of the data, where a recipe has them, are given to the
-    network's own weights, which are known only here.
-
-    Returns:
-        The changed optimizer.
+    network's own weights, which are known only then. What it is written as, in the record of a run, says what it does.
     """
-    params = list(parameters)
-    optimizer = settings.build(params, seed)
-    assert isinstance(optimizer, HessianFree)
-    own = {one.name: getattr(optimizer.settings, one.name) for one in dataclasses.fields(optimizer.settings)}
-    own["damping_rule"] = dataclasses.replace(own["damping_rule"], **damping)
-    return HessianFree(
-        params, lr=lr, damping=start * settings.damping, weight_decay=settings.weight_decay, **own | dict(arguments)
-    )
+
+    settings: FullBatchSettings | HessianFreeSettings
+    arguments: Mapping[str, Any]
+    damping: Mapping[str, Any]
+    start: float
+
+    def __call__(self, parameters: Iterable[nn.Parameter], *, lr: float, seed: int) -> HessianFree:
+        params = list(parameters)
+        optimizer = self.settings.build(params, seed)
+        assert isinstance(optimizer, HessianFree)
+        own = {one.name: getattr(optimizer.settings, one.name) for one in dataclasses.fields(optimizer.settings)}
+        own["damping_rule"] = dataclasses.replace(own["damping_rule"], **self.damping)
+        return HessianFree(
+            params,
+            lr=lr,
+            damping=self.start * self.settings.damping,
+            weight_decay=self.settings.weight_decay,
+            **own | dict(self.arguments),
+        )

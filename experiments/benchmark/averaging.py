@@ -52,8 +52,9 @@ def run(job: FloorJob) -> list[dict[str, float]]:
     Raises:
         UsageError: If a problem has no such floor, or a number makes no sense.
     """
-    if job.steps < 2 or job.threads < 1 or not all(share > 0 for share in job.shares):
-        raise UsageError(f"--steps {job.steps} or --shares {job.shares} makes no sense; give 2 or more, and positive")
+    for option, value, least in (("--steps", job.steps, 2), ("--threads", job.threads, 1)):
+        if value < least:
+            raise UsageError(f"{option} {value} is too few; give {least} or more")
     problems = [make(name) for name in job.problems]
     for problem in problems:
         if not floor.has_floor(problem):

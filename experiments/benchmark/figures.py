@@ -171,7 +171,8 @@ def write_summary(path: Path, rows: Sequence[Row]) -> Path:
     final, time = figure.subplots(1, 2, sharey=True)
     _dots(final, summaries, problems, "ratio")
     _dots(time, summaries, problems, "share")
-    final.set_xlabel(f"final score over {OURS}'s (cross: diverged)")
+    lost = " (arrow: where that diverged)" if any(one.ratio == 0 for one in summaries) else ""
+    final.set_xlabel(f"final score over {OURS}'s{lost} (cross: diverged)")
     time.set_xlabel(f"share of the budget to {REFERENCE}'s final score (cross: never)")
     final.set_yticks(range(len(problems)), problems)
     final.invert_yaxis()
@@ -181,26 +182,27 @@ def write_summary(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def _dots(axis: Any, summaries: Sequence[Summary], problems: Sequence[str], value: str) -> None:
+def _dots(axis: Any, summaries: Sequence[Summary], problems: Sequence[str], panel: str) -> None:
     axis.set_xscale("log")
     axis.axvline(1, color="#BBBBBB", linewidth=1, zorder=0)
     for index, name in enumerate(dict.fromkeys(one.optimizer for one in summaries)):
-        places = [(getattr(one, value), problems.index(one.problem)) for one in summaries if one.optimizer == name]
+        places = [(getattr(one, panel), problems.index(one.problem)) for one in summaries if one.optimizer == name]
         shown = [(x, y) for x, y in places if math.isfinite(x) and x > 0]
         xs, ys = zip(*shown, strict=True) if shown else ((), ())
         axis.scatter(xs, ys, color=_colour(name, index), s=45, label=name, zorder=2)
-        # What never came must be seen too: inside the right edge, beside each other.
-        never = [y for x, y in places if math.isinf(x)]
-        edge = [0.985 - 0.025 * index] * len(never)
-        axis.scatter(
-            edge,
-            never,
-            color=_colour(name, index),
-            s=30,
-            marker="x",
-            transform=axis.get_yaxis_transform(),
-            clip_on=False,
-        )
+        # What never came must be seen too: inside the right edge, beside each other; and at the left one what came
+        # where ours did not.
+        for marker, value, edge in (("x", math.inf, 0.985 - 0.025 * index), ("<", 0.0, 0.015 + 0.025 * index)):
+            heights = [y for x, y in places if x == value]
+            axis.scatter(
+                [edge] * len(heights),
+                heights,
+                color=_colour(name, index),
+                s=30,
+                marker=marker,
+                transform=axis.get_yaxis_transform(),
+                clip_on=False,
+            )
     left, right = axis.get_xlim()
     room = max(0.15, 0.035 * len({one.optimizer for one in summaries}))
     axis.set_xlim(left, right * (right / left) ** room)  # for the crosses, beside all dots

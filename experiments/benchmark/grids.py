@@ -36,7 +36,30 @@ def adam(problem: Problem) -> list[Changes]:
     Returns:
         `TRIALS` changes, the best guess first.
     """
+    if _repeats_points(problem):
+        return _few_and_many(problem, 3e-2, 1e-2, 1e-1)
     return _product(lr=_adam_rates(problem), batch_size=_first_order_batches(problem))
+
+
+def _few_and_many(problem: Problem, best: float, second: float, third: float) -> list[Changes]:
+    """On fixed points of the plane steps are cheap, and the best batch is far from the whole: four are tried."""
+    assert problem.rows is not None
+    few = problem.rows // 16
+    return _around(
+        {"lr": best, "batch_size": 4 * few},
+        {"lr": second},
+        {"lr": third},
+        {"batch_size": few},
+        {"lr": second, "batch_size": few},
+        {"lr": third, "batch_size": few},
+        {"lr": second, "batch_size": few // 4},
+        {"batch_size": problem.rows},
+    )
+
+
+def _repeats_points(problem: Problem) -> bool:
+    """Whether a flow is matched to fixed rows in the plane."""
+    return problem.rows is not None and problem.dim == 2 and problem.outputs > 1
 
 
 def _adam_rates(problem: Problem) -> tuple[float, float, float, float]:
@@ -73,7 +96,7 @@ def muon(problem: Problem) -> list[Changes]:
 
 
 def shampoo(problem: Problem) -> list[Changes]:
-    """Adam's rates, for its steps have RMSProp's length.
+    """Lower rates than Adam's: its steps have RMSProp's length, which is greater at first for want of a correction.
 
     Args:
         problem: What is to be solved.
@@ -81,7 +104,7 @@ def shampoo(problem: Problem) -> list[Changes]:
     Returns:
         `TRIALS` changes, the best guess first.
     """
-    return _scheduled(_adam_rates(problem), _first_order_batches(problem))
+    return _scheduled((3e-3, 1e-3, 1e-2, 3e-4), _first_order_batches(problem))
 
 
 def sgd(problem: Problem) -> list[Changes]:
@@ -136,16 +159,21 @@ def soap(problem: Problem) -> list[Changes]:
             {"batch_size": 4096},
             {"lr": 1e-2, "batch_size": 1024},
             {"lr": 1e-1, "batch_size": 4096},
-            {"lr": 1e-2, "batch_size": 4096},
+            {"batch_size": 512},
         )
+    if _repeats_points(problem):
+        return _few_and_many(problem, 3e-2, 1e-2, 1e-1)
     rates = (3e-2, 1e-2, 1e-1, 3e-3) if _classifies(problem) else (1e-2, 3e-3, 3e-2, 1e-1)
     return _product(lr=rates, batch_size=_first_order_batches(problem))
 
 
 def _first_order_batches(problem: Problem) -> tuple[int, int]:
-    """Give two batches: on fixed rows all of them, and few; in hundreds of dimensions steps are dear, and small."""
+    """Give two batches, the likelier first; in hundreds of dimensions steps are dear, and batches small."""
     if problem.rows is not None:
-        return (256, problem.rows) if problem.dim > 64 else (problem.rows, problem.rows // 4)
+        if problem.dim > 64:
+            return 256, 64
+        # the residuals of an equation are few, and all of them serve best
+        return (problem.rows, problem.rows // 4) if problem.outputs == 1 else (problem.rows // 4, problem.rows // 16)
     if problem.dim == 2:
         return 1024, 4096
     return (256, 1024) if problem.dim <= 64 else (256, 512)
@@ -243,7 +271,7 @@ def lbfgs(problem: Problem) -> list[Changes]:
     Returns:
         `TRIALS` changes, the best guess first.
     """
-    return _product(lr=(1.0, 0.5), history=(100, 30, 10, 300))
+    return _product(lr=(1.0, 0.5), history=(100, 300, 30, 1000))
 
 
 def gram(problem: Problem) -> list[Changes]:

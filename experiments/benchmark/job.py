@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.benchmark import ablation, figures, report, store, suite, trials, tuning
 from experiments.benchmark.measure import Row, Work, perform_all, recorded
+from experiments.benchmark.overview import overview
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
 from experiments.problems import Problem, make, parameters_of
 
@@ -115,6 +116,8 @@ def run_optimizers(job: Job) -> list[Row]:
         raise UsageError(f"--optimizers {' '.join(job.optimizers or ())} takes none of these problems; add others")
     out = prepare_directory(job.out if job.out is not None else Path("runs") / "benchmark")
     where = job.tuned or (out / tuning.TUNED.name if job.quick and job.tune else tuning.TUNED)
+    if job.tuned is not None and not job.tune and not job.tuned.exists():
+        raise UsageError(f"--tuned {str(job.tuned)!r} is no file; write it with --tune, or leave it out")
     tuned = tuning.load(where)
     if job.tune:
         for problem in problems:
@@ -142,12 +145,14 @@ def run_optimizers(job: Job) -> list[Row]:
             names = [name for name in names if name not in missing]
             if missing:
                 _say(f"{problem.name}: without {', '.join(missing)}, which nobody tuned there")
+        for line in tuning.handicaps(tuned, problem.name, names, suite.OURS):
+            _say(line)
         settings = {name: tuning.settings_of(name, problem, tuned, untuned=job.quick) for name in names}
         seconds = job.seconds(suite.BUDGETS[problem.name])
         works += _works(job, problem, settings, seconds, device)
     rows = _measure(job, works, out, device)
     shown = _show_trials(out, tuned, list(dict.fromkeys(row["problem"] for row in rows)))
-    _finish(out, rows, report.table(rows), shown)
+    _finish(out, rows, f"{report.table(rows)}\n\n{overview(rows)}", shown)
     return rows
 
 
@@ -199,6 +204,10 @@ def _check_names(option: str, named: Sequence[str] | None, known: Sequence[str])
 
 def _problems(job: Job, default: Sequence[str], device: str) -> list[Problem]:
     """Make the problems; of all there are, those whose data or packages are missing are named with the cure."""
+    if job.problems is not None and _ALL in job.problems and len(job.problems) > 1:
+        raise UsageError(
+            f"--problems {' '.join(job.problems)} names more than {_ALL!r}, which holds the others; give it alone"
+        )
     if job.problems is None or list(job.problems) != [_ALL]:
         _check_names("--problems", job.problems, (*suite.BUDGETS, _ALL))
         return [make(name, device, job.data_root) for name in dict.fromkeys(job.problems or default)]
@@ -238,6 +247,11 @@ def _measure(job: Job, works: Sequence[Work], out: Path, device: str) -> list[Ro
     path = out / "results.json"
     environment: dict[str, Any] = describe(choose_device(device)) | {"threads": job.threads, "cores": os.cpu_count()}
     rows = [] if job.fresh else store.load(path, environment, {work.problem: work.budget_seconds for work in works})
+    planned = [
+        {"problem": work.problem, "optimizer": work.optimizer, "seed": work.seed, "settings": recorded(work.settings)}
+        for work in works
+    ]
+    store.check_settings(path, rows, planned)
     there = {(row["problem"], row["optimizer"], row["seed"]): row["settings"] for row in rows}
     left = [work for work in works if there.get((work.problem, work.optimizer, work.seed)) != recorded(work.settings)]
     if len(left) < len(works):

@@ -22,7 +22,7 @@ from experiments.training import Task, Training
 
 Row = dict[str, Any]  # one run, as results.json has it
 
-_POINTS = 60  # evaluations a run: neighbours are 8 % apart in time, and crossings are interpolated between them
+_POINTS = 60  # evaluations a run, 8 % apart in time but early on, where a step or a stair of `Pace` covers several
 _FIRST_POINT = 0.01  # of the budget
 
 

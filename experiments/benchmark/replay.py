@@ -48,6 +48,8 @@ def run(job: ReplayJob) -> int:
         UsageError: If there is nothing to repeat, a run was made with other settings than those of today, or a run
             differs from its original.
     """
+    if job.jobs < 0:
+        raise UsageError(f"--jobs {job.jobs} is negative; give 1, or 0 for everything in this process")
     path = (job.out if job.out is not None else Path("runs") / "benchmark") / "results.json"
     try:
         content = json.loads(path.read_text())

@@ -18,16 +18,17 @@ class Summary:
         problem: The problem.
         optimizer: The contender.
         finals: The final score of each seed; infinite where the run diverged.
-        ratio: Median over seeds of its final score over that of the base; NaN where the base did not run.
+        ratios: For each seed that the base ran too, its final score over that of the base: infinite where the run
+            diverged itself, 0 where the base alone did.
         share: Median over seeds of the time to the reference's final score, as a share of the budget; infinite where
-            it is not reached, NaN where the reference did not run.
+            it is not reached, NaN where the reference did not run, or diverged.
         steps: Median number of steps.
     """
 
     problem: str
     optimizer: str
     finals: tuple[float, ...]
-    ratio: float
+    ratios: tuple[float, ...]
     share: float
     steps: float
 
@@ -35,6 +36,11 @@ class Summary:
     def median(self) -> float:
         """Median final score."""
         return statistics.median(self.finals)
+
+    @property
+    def ratio(self) -> float:
+        """Median over seeds of the final score over that of the base; NaN where the base did not run."""
+        return _median(self.ratios)
 
 
 def summarize(rows: Sequence[Row], base: str = OURS) -> list[Summary]:
@@ -56,18 +62,18 @@ def summarize(rows: Sequence[Row], base: str = OURS) -> list[Summary]:
     for (problem, optimizer), runs in sorted(groups.items(), key=lambda item: problems.index(item[0][0])):
         # medians pair a run with the base of its own seed; seeds that only one of them has say nothing of a ratio
         ratios = [
-            _number(run["final"]) / finals[problem, base, run["seed"]]
+            _over(_number(run["final"]), finals[problem, base, run["seed"]])
             for run in runs
             if finals.get((problem, base, run["seed"]), 0) > 0
         ]
-        marked = [run for run in runs if (problem, REFERENCE, run["seed"]) in finals]
+        marked = [run for run in runs if finals.get((problem, REFERENCE, run["seed"]), math.inf) < math.inf]
         shares = [_number(run["seconds_to_adam_final"]) / run["budget_seconds"] for run in marked]
         summaries.append(
             Summary(
                 problem,
                 optimizer,
                 tuple(_number(run["final"]) for run in runs),
-                _median([ratio for ratio in ratios if not math.isnan(ratio)]),
+                tuple(ratios),
                 _median(shares),
                 _median([run["steps"] for run in runs if run["steps"] is not None]),
             )
@@ -78,6 +84,11 @@ def summarize(rows: Sequence[Row], base: str = OURS) -> list[Summary]:
 def _number(value: float | None) -> float:
     """Read what JSON could not hold: diverged, or never reached."""
     return math.inf if value is None else value
+
+
+def _over(final: float, base: float) -> float:
+    """Divide, so that a run that diverged is never as good as another."""
+    return math.inf if math.isinf(final) else final / base
 
 
 def _median(values: Sequence[float]) -> float:

@@ -68,6 +68,29 @@ def read_rows(path: Path, environment: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def check_settings(path: Path, rows: Sequence[Row], planned: Sequence[Row]) -> None:
+    """Check that no earlier run stays beside runs of the same contender with other settings.
+
+    Args:
+        path: Where the rows are from.
+        rows: Earlier runs.
+        planned: Of each run to come the problem, optimizer, seed and settings.
+
+    Raises:
+        UsageError: If medians would be taken over runs of two kinds.
+    """
+    replaced = {tuple(one[name] for name in _KEY) for one in planned}
+    settings = {(one["problem"], one["optimizer"]): one["settings"] for one in planned}
+    for row in rows:
+        now = settings.get((row["problem"], row["optimizer"]), row["settings"])
+        if now != row["settings"] and tuple(row[name] for name in _KEY) not in replaced:
+            raise UsageError(
+                f"{str(path)!r} holds {row['optimizer']} on {row['problem']}, seed {row['seed']}, with "
+                f"{row['settings']}, and now it has {now}: no median over both would mean anything; run that seed too "
+                f"(--seeds), give another --out, or --fresh"
+            )
+
+
 def merge(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Put new runs among earlier ones; a run of the same problem, optimizer and seed gives way.
 

@@ -63,10 +63,7 @@ def write_figure(path: Path, tuned: Tuned, problems: Sequence[str]) -> Path:
     """
     from matplotlib.figure import Figure
 
-    tried = {
-        problem: {name: one for name, one in tuned.get(problem, {}).items() if one.get("trials")}
-        for problem in problems
-    }
+    tried = {problem: _tried(tuned, problem) for problem in problems}
     shown = [problem for problem in problems if tried[problem]]
     columns = min(_COLUMNS, max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))

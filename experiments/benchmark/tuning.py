@@ -1,4 +1,7 @@
-"""Every contender gets the same number of trials on every problem, on a seed that is never reported."""
+"""Every contender's grid is tried with the same seconds a trial, on a seed that is never reported.
+
+Trials are scored as the reported runs are, on the same held-out rows where a problem has some.
+"""
 
 import json
 import math
@@ -76,7 +79,7 @@ def tune(
             say(f"{problem.name}: {name} with {written(changes)}: {_score(row['final'])} after {row['steps']} steps")
         best = min(range(len(grid)), key=lambda k: math.inf if (score := scores[k]) is None else score)
         if scores[best] is None:
-            raise UsageError(f"{name} diverged on {problem.name} with all settings of its grid; change it in suite.py")
+            raise UsageError(f"{name} diverged on {problem.name} with all of its grid; widen it in grids.py")
         edges = at_edge(grid[best], grid)
         warning = f" (at the edge of its grid: {', '.join(edges)})" if edges else ""
         say(f"{problem.name}: {name} takes {written(grid[best])}{warning}")
@@ -103,6 +106,35 @@ def at_edge(chosen: Changes, grid: Sequence[Changes]) -> list[str]:
     """
     values = {name: {changes[name] for changes in grid} for name in chosen}
     return [name for name in chosen if len(values[name]) > 2 and chosen[name] in {min(values[name]), max(values[name])}]
+
+
+def handicaps(tuned: Tuned, problem: str, names: Sequence[str], ours: str) -> list[str]:
+    """Say which rivals were tuned with less than ours was.
+
+    Args:
+        tuned: The record of tuning.
+        problem: Name of the problem.
+        names: The contenders that run on it.
+        ours: With whose trials the others' are compared.
+
+    Returns:
+        A line a rival with fewer trials, shorter ones, or fewer threads.
+    """
+    known = tuned.get(problem, {})
+    if ours not in known or ours not in names:
+        return []
+    mine: dict[str, Any] = known[ours]
+    lines = []
+    for name in names:
+        one: dict[str, Any] = known.get(name, mine)
+        for what, its, own in (
+            ("trials", len(one["trials"]), len(mine["trials"])),
+            ("seconds a trial", one["budget_seconds"], mine["budget_seconds"]),
+            ("threads", one["threads"], mine["threads"]),
+        ):
+            if its < own:
+                lines.append(f"{problem}: {name} was tuned with {its:g} {what}, {ours} with {own:g}")
+    return lines
 
 
 def written(changes: Changes) -> str:

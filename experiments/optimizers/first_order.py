@@ -47,7 +47,7 @@ class FirstOrderSettings(CommonSettings, ABC):
         batch_size = 1024 if problem.dim == 2 else 256
         if problem.rows is not None:
             batch_size = min(batch_size, problem.rows)
-        return cls(**{"batch_size": batch_size, "warmup": 0.1 if problem.dim > 256 else 0.0} | changes)
+        return cls(**{"batch_size": batch_size, "warmup": 0.1 if problem.dim > 256 else cls.warmup} | changes)
 
     def build(self, parameters: Iterable[nn.Parameter], seed: int) -> Optimizer:
         """Build the optimizer.

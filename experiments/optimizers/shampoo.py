@@ -17,7 +17,9 @@ class ShampooSettings(FirstOrderSettings):
     """Shampoo (Gupta et al. 2018; Anil et al. 2020, arXiv 2002.09018) of pytorch_optimizer.
 
     Its steps take their length, layer by layer, from RMSProp ("grafting"), without which no rate suits all layers, and
-    their direction from inverse roots that are renewed every few steps. The other settings are the package's.
+    their direction from inverse roots that are renewed every few steps. The other settings are the package's. Its
+    RMSProp starts from zero without Adam's correction, so that the first steps are thirty times Adam's: they need a
+    warm-up.
 
     Attributes:
         every: Steps between updates of the inverse roots.
@@ -26,6 +28,7 @@ class ShampooSettings(FirstOrderSettings):
 
     package: ClassVar[str | None] = "pytorch_optimizer"
 
+    warmup: float = 0.1
     every: int = 10
     widest: int = 512
 

@@ -42,7 +42,7 @@ def test_tune_then_run_then_run_more(main: Main, tmp_path: Path, capsys: pytest.
     assert all(len(adam["curve"][name]) == 2 for name in ("seconds", "score", "samples"))
     assert adam["final"] == adam["losses"]["excess_loss"] == adam["curve"]["score"][-1]
     assert adam["steps"] == 1 and adam["samples"] == chosen["batch_size"]
-    assert (tmp_path / "table.md").read_text().count("\n") == 5
+    assert (tmp_path / "table.md").read_text().count("\n") == 5 + 1 + 3  # all contenders, and the overview
     for name in ("curves-moons.png", "summary.png"):
         assert str(tmp_path / name) in output and (tmp_path / name).stat().st_size > 5_000
 
@@ -88,19 +88,24 @@ def test_a_run_in_a_process_of_its_own(main: Main, tmp_path: Path) -> None:
     assert row["seconds_to_adam_final"] is None
 
 
-def test_ablation(main: Main, tmp_path: Path) -> None:
+def test_ablation(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--problems", "moons", "--variations", "K-FAC, CG 1", "--out", str(tmp_path)]
     assert main(["ablation", *INSIDE, *arguments]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["optimizer"] for row in rows] == ["default", "K-FAC, CG 1"]
     assert "max_iterations=1" in rows[1]["settings"]["recipe"]
+    assert " at 0x" not in rows[1]["settings"]["recipe"]  # an address would make each sitting start over
     assert (tmp_path / "table.md").read_text().startswith("| variation | moons | over default's |")
+    capsys.readouterr()
+    assert main(["ablation", *INSIDE, *arguments]) == 0
+    assert "2 runs of an earlier sitting stay as they are" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["optimizers", "--problems", "spirals"], ["'spirals'", "8gaussians-fixed"]),
+        (["optimizers", "--problems", "all", "digits"], ["all digits", "alone"]),
         (["optimizers", "--optimizers", "luck"], ["'luck'", "hessfree, kfac, adam"]),
         (["optimizers", "--problems", "moons", "--optimizers", "lbfgs"], ["lbfgs", "none of these problems"]),
         (["optimizers", "--threads", "0"], ["--threads 0", "1 or more"]),
@@ -125,7 +130,11 @@ def test_input_that_makes_no_sense(
 
 
 def test_rivals_are_not_run_untuned(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--problems", "moons", "--out", str(tmp_path), "--tuned", str(tmp_path / "none.json")]
+    nothing = tmp_path / "none.json"
+    arguments = ["--problems", "moons", "--out", str(tmp_path), "--tuned", str(nothing)]
+    assert main(["optimizers", *arguments]) == 2
+    assert "is no file" in capsys.readouterr().err
+    nothing.write_text("{}")
     assert main(["optimizers", *arguments]) == 2
     assert "hessfree has not been tuned on moons" in capsys.readouterr().err
 

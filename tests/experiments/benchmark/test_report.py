@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmark import figures
+from experiments.benchmark.overview import overview
 from experiments.benchmark.report import ablation_table, summarize, table
 from experiments.benchmark.store import merge
 from tests.experiments.benchmark.rows import row
@@ -44,10 +45,39 @@ def test_the_table() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_diverged_base_gives_no_ratio_to_itself() -> None:
-    [one] = summarize(merge([], [row("moons", "hessfree", 0, [8.0, None])]))
-    assert math.isnan(one.ratio)
-    assert "| diverged | - |" in table(merge([], [row("moons", "hessfree", 0, [8.0, None])]))
+def test_our_divergence_is_seen() -> None:
+    rows = [row("moons", name, seed, [8.0, 1.0]) for name in ("hessfree", "adam") for seed in (0, 1)]
+    rows += [row("moons", "hessfree", 2, [8.0, None]), row("moons", "adam", 2, [8.0, 3.0])]
+    ours, adam = summarize(merge([], rows))
+    assert ours.ratios == (1.0, 1.0, math.inf) and adam.ratios == (1.0, 1.0, 0.0)
+    rows += [row("moons", "hessfree", seed, [8.0, None]) for seed in (0, 1)]
+    ours, adam = summarize(merge([], rows))
+    assert ours.ratio == math.inf and adam.ratio == 0.0
+    assert "| hessfree | diverged | inf |" in table(merge([], rows))
+
+
+def test_where_the_reference_diverged_there_is_no_mark_to_reach() -> None:
+    rows = [row("moons", "hessfree", 0, [8.0, 1.0]), row("moons", "adam", 0, [8.0, None])]
+    assert all(math.isnan(one.share) for one in summarize(merge([], rows)))
+
+
+def test_the_overview() -> None:
+    rows = [row("moons", "hessfree", 0, [8.0, 2.0]), row("moons", "adam", 0, [8.0, 1.0])]
+    rows += [row("digits", "hessfree", seed, [8.0, 0.64 / (1 + seed)]) for seed in (0, 1, 2)]
+    rows += [row("digits", name, seed, [8.0, 6.4]) for name in ("adam", "muon") for seed in (0, 1, 2)]
+    rows += [row("digits", "soap", 0, [8.0, None])]
+    first, second = overview(merge([], rows)).split("\n\n")
+    assert first.splitlines()[2:] == [
+        "| digits (excess loss, 2 s) | **0.320** | 6.4 (20x, 10-30) | diverged | - | 0.53 |",
+        "| moons (excess loss, 2 s) | 2 | **1.000** (0.50x) | - | - | never |",
+    ]
+    assert second.splitlines() == [
+        "| final score over hessfree's | digits |",
+        "| --- | --- |",
+        "| Adam | 20x, 10-30 |",
+        "| SOAP | diverged |",
+        "| Muon | 20x, 10-30 |",
+    ]
 
 
 def test_the_table_of_an_ablation() -> None:
@@ -74,6 +104,13 @@ def test_the_median_of_curves() -> None:
     # a power law is a straight line on these axes, and stays one
     assert all(height == pytest.approx(2.0 / time**2) for time, height in median)
     assert figures.median_curve([]) == [] and figures.median_curve([[(1.0, 1.0)]]) == []
+
+
+def test_the_figure_where_ours_diverged(tmp_path: Path) -> None:
+    rows = merge([], [row("moons", "hessfree", 0, [8.0, None]), row("moons", "adam", 0, [8.0, 3.0])])
+    both = merge([], [row("moons", "hessfree", 0, [8.0, None]), row("moons", "adam", 0, [8.0, None])])
+    one, other = (figures.write_summary(tmp_path / f"{k}.png", r).read_bytes() for k, r in enumerate((rows, both)))
+    assert one.startswith(SIGNATURE) and one != other
 
 
 def test_figures(tmp_path: Path) -> None:

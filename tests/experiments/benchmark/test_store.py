@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmark.store import crossing, load, merge, save
+from experiments.benchmark.store import check_settings, crossing, load, merge, save
 from experiments.environment import UsageError
 from tests.experiments.benchmark.rows import row
 
@@ -92,3 +92,13 @@ def test_runs_of_another_budget_are_refused(tmp_path: Path) -> None:
     assert len(load(path, HERE, {"a": 2.0, "b": 7.0})) == 1
     with pytest.raises(UsageError, match="runs of 2 s of a, and 12 s are asked for.*--fresh"):
         load(path, HERE, {"a": 12.0})
+
+
+def test_runs_with_other_settings_do_not_stay_beside_new_ones(tmp_path: Path) -> None:
+    old = [row("a", "adam", seed, [8.0, 4.0], settings={"lr": 0.1}) for seed in (0, 1)] + [row("a", "sgd", 0, [8.0])]
+    new = [row("a", "adam", seed, [8.0, 4.0], settings={"lr": 0.3}) for seed in (0, 1)]
+    path = tmp_path / "results.json"
+    check_settings(path, old, new)  # both seeds are replaced
+    check_settings(path, old, [row("a", "adam", 2, [8.0], settings={"lr": 0.1}), row("b", "adam", 0, [8.0])])
+    with pytest.raises(UsageError, match="adam on a, seed 1, with .*0.1.*now .*0.3.*--seeds.*--fresh"):
+        check_settings(path, old, new[:1])

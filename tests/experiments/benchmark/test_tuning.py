@@ -46,7 +46,7 @@ def test_the_best_is_chosen_and_all_are_recorded(problem: Problem, monkeypatch: 
 
 def test_nothing_is_chosen_where_all_diverged(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, lambda one: None)
-    with pytest.raises(UsageError, match="soap diverged on moons with all settings"):
+    with pytest.raises(UsageError, match="soap diverged on moons with all of its grid"):
         tuning.tune(problem, ["soap"], budget_seconds=1.0, threads=1, jobs=1, say=lambda line: None)
 
 
@@ -78,3 +78,16 @@ def test_the_published_record_fits_the_suite() -> None:
         problem = make(name)
         for contender in contenders:
             tuning.settings_of(contender, problem, {name: contenders})
+
+
+def test_rivals_that_were_tuned_with_less_are_named() -> None:
+    def tuned(trials: int, seconds: float, threads: int) -> dict[str, Any]:
+        return {"trials": [{}] * trials, "budget_seconds": seconds, "threads": threads}
+
+    record = {"a": {"ours": tuned(4, 2.0, 2), "level": tuned(8, 2.0, 2), "less": tuned(3, 1.0, 1)}}
+    assert tuning.handicaps(record, "a", ["ours", "level", "less", "unknown"], "ours") == [
+        "a: less was tuned with 3 trials, ours with 4",
+        "a: less was tuned with 1 seconds a trial, ours with 2",
+        "a: less was tuned with 1 threads, ours with 2",
+    ]
+    assert tuning.handicaps(record, "a", ["less"], "ours") == tuning.handicaps(record, "b", ["less"], "ours") == []
