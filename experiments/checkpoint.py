@@ -37,7 +37,7 @@ class Checkpoint:
         self.path = path
         self._asked = asked
         self._interruption: Interruption | None = None
-        self._content: dict[str, Any] = {"runs": {}, "trials": {}, "running": None}
+        self._content: dict[str, Any] = {"runs": {}, "trials": {}, "running": None, "finished": False}
         self._points = 0
         self._last = time.monotonic()
 
@@ -60,7 +60,7 @@ class Checkpoint:
                 f"--resume: {str(path)!r} is not there to go on from; leave --resume out, or name its --out"
             )
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _read(path)
             found = content.pop("asked")
             checkpoint = cls(path, asked, content.pop("started"))
         except Exception as error:  # whatever unpickling makes of a damaged file
@@ -190,6 +190,11 @@ class Checkpoint:
         if self._interruption is not None and self._interruption.requested and not training.done:
             raise Interrupted
 
+    def finish(self) -> None:
+        """Keep that the comparison is done, and its results written: nobody will miss this file."""
+        self._content["finished"] = True
+        self.save()
+
     def save(self) -> None:
         """Replace the file in one go."""
         self._last = time.monotonic()
@@ -198,3 +203,25 @@ class Checkpoint:
         beside = self.path.with_suffix(".part")
         torch.save(self._content | {"asked": self._asked, "started": self.started}, beside)
         os.replace(beside, self.path)
+
+
+def holds_unfinished(path: Path) -> bool:
+    """Tell whether a file holds work that its comparison has not brought to an end.
+
+    Args:
+        path: The file, which need not be there.
+
+    Returns:
+        Whether something was done, and `Checkpoint.finish` was not called; True where the file cannot be read.
+    """
+    if not path.exists():
+        return False
+    try:
+        content = _read(path)
+        return not content.get("finished") and any(content.get(part) for part in ("runs", "trials", "running"))
+    except Exception:  # whatever unpickling makes of it: not ours to throw away
+        return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)

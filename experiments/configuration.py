@@ -1,13 +1,7 @@
 """A TOML file in place of flags: each key is the name of a flag, each table holds the settings of an optimizer.
 
-    data = "moons"
-    budget-seconds = 30
-    optimizers = ["hessfree", "adam"]
-
-    [hessfree]
-    damping = 0.1
-
-The file becomes words of a command line that stand before the user's own: flags win, and one parser checks both.
+`EXAMPLE` is one. The file becomes words of a command line that stand before the user's own: flags win, and one parser
+checks both.
 """
 
 import argparse
@@ -18,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.environment import UsageError
+
+EXAMPLE = """\
+data = "moons"
+budget-seconds = 30
+optimizers = ["hessfree", "adam"]
+
+[hessfree]
+damping = 0.1
+"""
 
 
 def words_of(path: Path, parser: argparse.ArgumentParser, optimizers: Iterable[str]) -> list[str]:
@@ -49,6 +52,7 @@ def words_of(path: Path, parser: argparse.ArgumentParser, optimizers: Iterable[s
         if option.startswith("--") and not option.startswith("--no-")
     }
     flags = {name: action for name, action in flags.items() if name not in {"help", "config", "set"}}
+    _check_alone(path, content, parser)
     tables = list(optimizers)
     words: list[str] = []
     settings: list[str] = []
@@ -61,6 +65,17 @@ def words_of(path: Path, parser: argparse.ArgumentParser, optimizers: Iterable[s
         else:
             raise UsageError(f"--config {str(path)!r}: unknown key {key!r}{_hint(name, [*flags, *tables])}")
     return [*words, *(["--set", *settings] if settings else [])]
+
+
+def _check_alone(path: Path, content: Iterable[str], parser: argparse.ArgumentParser) -> None:
+    """Refuse two keys of which only one could count; the parser would not, as a flag may replace the file's."""
+    for group in parser._mutually_exclusive_groups:
+        options = {option for action in group._group_actions for option in action.option_strings}
+        found = [key for key in content if f"--{key.replace('_', '-')}" in options]
+        if len(found) > 1:
+            raise UsageError(
+                f"--config {str(path)!r}: {' and '.join(found)} stand together, and only one can count; leave one out"
+            )
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -85,6 +100,10 @@ def _flag(path: Path, name: str, value: Any, action: argparse.Action) -> list[st
         if not isinstance(value, bool):
             raise UsageError(f"--config {str(path)!r}: {name} = {value!r}; give true or false")
         return [f"--{name}" if value else f"--no-{name}"]
+    if action.nargs == 0:
+        raise UsageError(
+            f"--config {str(path)!r}: {name} = {value!r} is for one start alone; give --{name} on the command line"
+        )
     several = action.nargs == "+"
     values = value if several and isinstance(value, list) else [value]
     if not values or any(isinstance(one, dict | list | bool) for one in values):

@@ -1,11 +1,15 @@
 """Ctrl-C that waits for the end of a step."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STDERR = 2  # its number: the object may be in use by what the signal interrupts
+_ANSWER = b"\nstops after this step; a second Ctrl-C stops at once\n"
 
 
 class Interrupted(Exception):
@@ -13,7 +17,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """A context in which the first Ctrl-C (or SIGTERM) only raises a flag; the second one acts as usual.
+    """A context in which the first Ctrl-C (or SIGTERM) only raises a flag, and says so; the second one acts as usual.
 
     Attributes:
         requested: The flag.
@@ -34,12 +38,25 @@ class Interruption:
             self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back.
+
+        Args:
+            kind: Of the exception that ends the context, if one does.
+
+        Raises:
+            KeyboardInterrupt: If the second Ctrl-C was turned into SystemExit, as Lightning's Trainer does.
+        """
+        self._give_back()
+        if kind is SystemExit and self.requested:
+            raise KeyboardInterrupt
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self.__exit__()
+        self._give_back()
+        with contextlib.suppress(OSError):  # nobody listens: stop all the same
+            os.write(_STDERR, _ANSWER)

@@ -14,9 +14,10 @@ from torch import nn
 from experiments import data
 from experiments.checkpoint import Checkpoint
 from experiments.comparison import SWEEP_SHARE, Trainer, compare
+from experiments.earlier_run import set_aside
 from experiments.environment import UsageError, choose_device, describe, prepare_directory, require_extras
 from experiments.interruption import Interrupted, Interruption
-from experiments.optimizers import Settings, choose_settings, default_optimizers
+from experiments.optimizers import Settings, check_buildable, check_names, choose_settings, default_optimizers
 from experiments.outcome import write_outcome
 from experiments.paths import Coupling, Paths, Times
 from experiments.pictures import View, snapshot
@@ -153,6 +154,7 @@ def run_job(job: Job) -> list[Run]:
     Raises:
         UsageError: Before any training, if something asked for is not possible.
         Interrupted: If the user asked to stop; how to go on has been said.
+        KeyboardInterrupt: If he asked a second time; the same, unless nothing had been done.
     """
     budget = job.budget()
     if not 0 <= job.seed < 2**31:
@@ -160,6 +162,7 @@ def run_job(job: Job) -> list[Run]:
     sampler = Sampler(method=job.sampler, steps=job.sampler_steps, tolerance=job.sampler_tolerance)
     require_extras()
     trainer = job.trainer()
+    check_names(job.optimizers, job.assignments)
     problem = job.problem()
     optimizers = job.optimizers if job.optimizers is not None else default_optimizers(problem)
     contenders = choose_settings(optimizers, job.assignments, problem)
@@ -167,11 +170,9 @@ def run_job(job: Job) -> list[Run]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     for settings in contenders.values():
         settings.check(parameters)
+    check_buildable(contenders, job.assignments, problem)
     out = prepare_directory(job.out if job.out is not None else Path("runs") / problem.name)
-    path = out / "checkpoint.pt"
-    checkpoint = (
-        Checkpoint.load(path, job.deciding()) if job.resume else Checkpoint(path, job.deciding(), started=time.time())
-    )
+    checkpoint = _checkpoint(job, out)
     _announce(job, problem, model, contenders, budget)
     view = View.of(problem)
     log = TensorBoardLog(
@@ -183,13 +184,35 @@ def run_job(job: Job) -> list[Run]:
         snapshots={name: snapshot(view, name) for name in contenders},
         append=job.resume,
     )
-    runs = _supervised(job, problem, contenders, budget, checkpoint, log, trainer)
     loop = LIGHTNING if job.lightning else PLAIN
-    write_outcome(out, problem, runs, view=view, sampler=sampler, loop=loop, say=_say)
+    try:
+        runs = _supervised(job, problem, contenders, budget, checkpoint, log, trainer)
+        write_outcome(out, problem, runs, view=view, sampler=sampler, loop=loop, say=_say)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _say_how_to_go_on(checkpoint, stop)
+        raise
+    checkpoint.finish()
     # The page smooths by default, which drags few points behind themselves; the address switches that off.
     _say("in TensorBoard: http://localhost:6006/?smoothing=0#custom_scalars&_smoothingWeight=0")
     _say(f"tensorboard --logdir {out / 'tensorboard'}")
     return runs
+
+
+def _checkpoint(job: Job, out: Path) -> Checkpoint:
+    """Read the state of the run that goes on, or begin one, which overwrites nothing that is worth keeping."""
+    path = out / "checkpoint.pt"
+    if job.resume:
+        return Checkpoint.load(path, job.deciding())
+    set_aside(out, path, _say)
+    return Checkpoint(path, job.deciding(), started=time.time())
+
+
+def _say_how_to_go_on(checkpoint: Checkpoint, stop: BaseException) -> None:
+    if checkpoint.path is None or not checkpoint.path.exists():
+        return  # stopped at once, before the first save
+    again = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+    what = "stopped; everything so far" if isinstance(stop, Interrupted) else "stopped at once; what was saved last"
+    _say(f"{what} is in {checkpoint.path}. To go on: python {shlex.join(again)}")
 
 
 def _supervised(
@@ -201,7 +224,7 @@ def _supervised(
     log: TensorBoardLog,
     trainer: Trainer | None,
 ) -> list[Run]:
-    """Make the runs; Ctrl-C leaves a checkpoint and says how to go on."""
+    """Make the runs; Ctrl-C leaves a checkpoint."""
     progress = Progress()
     checkpoint.save()
     try:
@@ -218,11 +241,6 @@ def _supervised(
                 watch=progress.watch,
                 trainer=trainer,
             )
-    except Interrupted:
-        progress.close()
-        again = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
-        _say(f"stopped; everything so far is in {checkpoint.path}. To go on: python {shlex.join(again)}")
-        raise
     finally:
         progress.close()
         log.close()

@@ -15,6 +15,7 @@ from experiments.results import quality_table, table, write_json
 from experiments.sample_metrics import Quality
 from experiments.sampling import Sampler
 
+FILES = ("results.json", "curves.png", "samples.png")
 _SAMPLES_2D = 4096
 _SAMPLES = 1024  # where distances are dearer
 _SEED = 4242  # of the noise and the data that samples are compared with
@@ -45,10 +46,11 @@ def write_outcome(
     fields = [(run.optimizer, trained(problem, run)) for run in runs]
     qualities = measure_samples(problem, fields, sampler)
     captions = [f"energy distance {qualities[name].energy_distance:.3f}" for name, _ in fields]
+    results, curves, samples = FILES
     paths = [
-        write_json(out / "results.json", problem, runs, qualities, loop),
-        write_curves(out / "curves.png", problem, runs),
-        write_samples(out / "samples.png", view, fields, sampler, captions),
+        write_json(out / results, problem, runs, qualities, loop),
+        write_curves(out / curves, problem, runs),
+        write_samples(out / samples, view, fields, sampler, captions),
     ]
     n = _SAMPLES_2D if problem.dim == 2 else _SAMPLES
     say(f"\n{table(problem, runs, loop)}\n\n{quality_table(qualities, f'{n} by {sampler}')}\n")

@@ -6,7 +6,14 @@ Every optimizer takes the standard closure, so one training loop serves all. A n
 
 from experiments.optimizers.adam import AdamSettings, AdamWSettings
 from experiments.optimizers.base import CommonSettings, Settings
-from experiments.optimizers.choose import OPTIMIZERS, choose_settings, default_optimizers, settings_class
+from experiments.optimizers.buildable import check_buildable
+from experiments.optimizers.choose import (
+    OPTIMIZERS,
+    check_names,
+    choose_settings,
+    default_optimizers,
+    settings_class,
+)
 from experiments.optimizers.dense import DenseFisherSettings
 from experiments.optimizers.first_order import FirstOrderSettings
 from experiments.optimizers.full_batch import FullBatchSettings
@@ -37,6 +44,8 @@ __all__ = [
     "SOAPSettings",
     "Settings",
     "ShampooSettings",
+    "check_buildable",
+    "check_names",
     "choose_settings",
     "default_optimizers",
     "settings_class",

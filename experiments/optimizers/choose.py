@@ -62,6 +62,27 @@ def default_optimizers(problem: Problem) -> tuple[str, ...]:
     return ("hessfree", "dense-fisher", "adam") if problem.dim == 2 else ("hessfree", "adam")
 
 
+def check_names(names: Sequence[str] | None, assignments: Sequence[str]) -> None:
+    """Check what can be checked before the problem is there, which may have to be downloaded.
+
+    Args:
+        names: Optimizers; None: those that suit the problem.
+        assignments: What the user changes, each as "optimizer.setting=value".
+
+    Raises:
+        UsageError: If an optimizer does not exist, is named twice, or is changed and does not run.
+    """
+    for name in names or ():
+        if name not in OPTIMIZERS:
+            raise UsageError(f"--optimizers {name!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
+        if list(names or ()).count(name) > 1:
+            raise UsageError(f"--optimizers names {name!r} twice; name each optimizer once")
+    for assignment in assignments:
+        optimizer, _, _ = split_assignment(assignment)
+        if names is not None and optimizer not in names:
+            raise UsageError(f"--set {assignment!r}: {optimizer} does not run; add it to --optimizers")
+
+
 def choose_settings(names: Sequence[str], assignments: Sequence[str], problem: Problem) -> dict[str, Settings]:
     """Give the settings of a run.
 
@@ -76,33 +97,43 @@ def choose_settings(names: Sequence[str], assignments: Sequence[str], problem: P
     Raises:
         UsageError: If an optimizer or setting does not exist, or a value is not possible.
     """
-    for name in names:
-        if name not in OPTIMIZERS:
-            raise UsageError(f"--optimizers {name!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
-        if list(names).count(name) > 1:
-            raise UsageError(f"--optimizers names {name!r} twice; name each optimizer once")
+    check_names(names, assignments)
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     for assignment in assignments:
         optimizer, setting, value = _parse(assignment, problem)
-        if optimizer not in changes:
-            raise UsageError(f"--set {assignment!r}: {optimizer} does not run; add it to --optimizers")
         changes[optimizer][setting] = value
     return {name: settings_class(name, problem).for_problem(problem, **changed) for name, changed in changes.items()}
 
 
-def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | str | None]:
-    """Split "optimizer.setting=value" and convert the value to the setting's type."""
+def split_assignment(assignment: str) -> tuple[str, str, str]:
+    """Split what the user changes into its parts.
+
+    Args:
+        assignment: "optimizer.setting=value".
+
+    Returns:
+        The optimizer, the setting, which is not looked up, and the value as text.
+
+    Raises:
+        UsageError: If it is no assignment, or there is no such optimizer.
+    """
     left, equals, text = assignment.partition("=")
     optimizer, dot, setting = left.strip().partition(".")
     if not (equals and dot):
         raise UsageError(f"--set {assignment!r} is no assignment; write it as hessfree.damping=0.1")
     if optimizer not in OPTIMIZERS:
         raise UsageError(f"--set {assignment!r}: no optimizer {optimizer!r}; choose from: {', '.join(OPTIMIZERS)}")
+    return optimizer, setting, text.strip()
+
+
+def _parse(assignment: str, problem: Problem) -> tuple[str, str, int | float | str | None]:
+    """Look the setting up, and convert the value to its type."""
+    optimizer, setting, text = split_assignment(assignment)
     settings = settings_class(optimizer, problem)
     known = [field.name for field in dataclasses.fields(settings) if field.repr]
     if setting not in known:
         raise UsageError(f"--set {assignment!r}: {optimizer} has no setting {setting!r}; it has: {', '.join(known)}")
-    return optimizer, setting, _convert(assignment, text.strip(), get_type_hints(settings)[setting])
+    return optimizer, setting, _convert(assignment, text, get_type_hints(settings)[setting])
 
 
 def _convert(assignment: str, text: str, hint: Any) -> int | float | str | None:

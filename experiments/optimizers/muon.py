@@ -34,10 +34,11 @@ class MuonSettings(FirstOrderSettings):
 
 
 class Together(Optimizer):
-    """Several optimizers, each with parameters of its own, that step as one.
+    """Several optimizers, each with parameters of its own, that step as one, and are saved and loaded as one.
 
     Attributes:
         param_groups: Those of all parts: a rate that is changed here is changed there.
+        state: That of all parts, by parameter.
     """
 
     def __init__(self, parts: Iterable[Optimizer]) -> None:
@@ -50,6 +51,26 @@ class Together(Optimizer):
         groups = [group for part in self._parts for group in part.param_groups]
         super().__init__([p for group in groups for p in group["params"]], {})
         self.param_groups = groups
+        for part in self._parts:
+            self.state.update(part.state)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on the groups and the state that are shown, saved and loaded here."""
+        place = 0
+        for part in self._parts:
+            end = place + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[place:end], self.state
+            place = end
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another was that was made of the same parts.
+
+        Args:
+            state_dict: From its `state_dict`.
+        """
+        super().load_state_dict(state_dict)  # makes new groups and a new state, which no part knows
+        self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

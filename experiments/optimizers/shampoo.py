@@ -33,9 +33,9 @@ class ShampooSettings(FirstOrderSettings):
     widest: int = 512
 
     def _at(self, lr: float, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        from pytorch_optimizer import ScalableShampoo
+        from experiments.optimizers.resumable_shampoo import ResumableShampoo
 
-        return ScalableShampoo(
+        return ResumableShampoo(
             parameters,
             lr=lr,
             weight_decay=self.weight_decay,

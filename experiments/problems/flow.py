@@ -29,6 +29,7 @@ _FIXED_SEED = 100
 _FLOOR_SEED = 54321
 _FLOOR_ROWS = 16384
 _WIDTH = 64
+_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _VelocityField:
     evaluation: Evaluation
     device: torch.device
     width: int = field(default=_WIDTH, kw_only=True)
-    n_hidden: int = field(default=3, kw_only=True)
+    n_hidden: int = field(default=_LAYERS, kw_only=True)
 
     @property
     def dim(self) -> int:
@@ -60,9 +61,10 @@ class _VelocityField:
         return self.dataset.dim
 
     @property
-    def _wide(self) -> str:
-        """What an unusual width adds to the name."""
-        return "" if self.width == _WIDTH else f"-w{self.width}"
+    def _network(self) -> str:
+        """What an unusual network adds to the name: other networks' results go to other places."""
+        width = "" if self.width == _WIDTH else f"-w{self.width}"
+        return width if self.n_hidden == _LAYERS else f"{width}-l{self.n_hidden}"
 
     def initial_model(self, seed: int) -> nn.Module:
         """Make the network.
@@ -108,7 +110,7 @@ class FlowMatching(_VelocityField):
         *,
         paths: Paths = STRAIGHT,
         width: int = _WIDTH,
-        n_hidden: int = 3,
+        n_hidden: int = _LAYERS,
     ) -> Self:
         """Set up the points of judgement.
 
@@ -127,8 +129,8 @@ class FlowMatching(_VelocityField):
 
     @property
     def name(self) -> str:
-        """The data set's name, with what is unusual of the network's width and of the paths."""
-        return f"{self.dataset.name}{self._wide}{self.paths.suffix}"
+        """The data set's name, with what is unusual of the network and of the paths."""
+        return f"{self.dataset.name}{self._network}{self.paths.suffix}"
 
     @property
     def score(self) -> str:
@@ -200,7 +202,7 @@ class StableFlowMatching(FlowMatching):
     @property
     def name(self) -> str:
         """The data set's name with the target's."""
-        return f"{self.dataset.name}-stable{self._wide}{self.paths.suffix}"
+        return f"{self.dataset.name}-stable{self._network}{self.paths.suffix}"
 
     @functools.cached_property
     def noise_floor(self) -> float:
@@ -230,7 +232,7 @@ class FixedFlowMatching(_VelocityField):
     fixed: Batch
 
     @classmethod
-    def of(cls, dataset: Dataset, device: torch.device, *, width: int = 64, n_hidden: int = 3) -> Self:
+    def of(cls, dataset: Dataset, device: torch.device, *, width: int = _WIDTH, n_hidden: int = _LAYERS) -> Self:
         """Draw the rows, and set up the points of judgement.
 
         Args:
@@ -256,8 +258,8 @@ class FixedFlowMatching(_VelocityField):
 
     @property
     def name(self) -> str:
-        """The data set's name with the kind of rows."""
-        return f"{self.dataset.name}-fixed"
+        """The data set's name with the kind of rows, and what is unusual of the network."""
+        return f"{self.dataset.name}-fixed{self._network}"
 
     @property
     def score(self) -> str:
@@ -310,8 +312,8 @@ def make_flow(
     device: torch.device,
     *,
     paths: Paths = STRAIGHT,
-    width: int = 64,
-    n_hidden: int = 3,
+    width: int = _WIDTH,
+    n_hidden: int = _LAYERS,
 ) -> Flow:
     """Set up flow matching with one of the targets.
 

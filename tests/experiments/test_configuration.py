@@ -1,8 +1,10 @@
 import importlib.util
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from experiments.configuration import EXAMPLE
 from experiments.environment import UsageError
 from experiments.main_job import Job
 from tests.experiments.scripts import SCRIPTS
@@ -60,6 +62,8 @@ def test_flags_win(tmp_path: Path) -> None:
         ("[sundial]\nlr = 1", "unknown key 'sundial'"),
         ("data = ['moons']", r"data = \['moons'\]; give one number or one text"),
         ("optimizers = []", "optimizers = .*; give a list of words"),
+        ("resume = true", "resume = True .*give --resume on the command line"),
+        ("budget-seconds = 1\nbudget_steps = 2", "budget-seconds and budget_steps stand together.*leave one out"),
         ("lightning = 1", "lightning = 1; give true or false"),
         ("adam = 1", r"adam = 1 is no table; write \[adam\]"),
         ("[adam]\nlr = [1]", r"adam.lr = \[1\]; give a number"),
@@ -75,6 +79,21 @@ def test_a_value_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         parse(tmp_path, "seed = 'one'")
     assert "argument --seed: invalid int value: 'one'" in capsys.readouterr().err
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text('out = "~/runs"\ndata-root = "~/data"')
+    job = script.parse(["--config=~/mine.toml"])
+    assert job.out == tmp_path / "runs" and job.data_root == tmp_path / "data"
+
+
+def test_help_shows_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = parse(tmp_path, EXAMPLE)
+    assert job.budget_seconds == 30 and job.assignments == ["hessfree.damping=0.1"]
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    assert textwrap.indent(EXAMPLE, "  ") in capsys.readouterr().out
 
 
 def test_a_file_that_is_not_there() -> None:

@@ -4,6 +4,7 @@ import torch
 from experiments import data, flow_matching
 from experiments.flow_matching import Batch, BatchStream, Evaluation, sample_batch
 from experiments.models import ToyMLP
+from experiments.problems.flow import make_flow
 
 
 def test_batch_lies_on_straight_paths() -> None:
@@ -93,3 +94,15 @@ def test_excess_against_a_million_samples() -> None:
     assert abs(metric - fresh.mean().item()) < 3 * error < 0.05 * metric
     assert difference.mean().abs() < 4 * difference.std() / n**0.5
     assert 4 * difference.std() / n**0.5 < 0.3 * metric
+
+
+def test_other_networks_have_other_names() -> None:
+    moons = data.load("moons")
+    names = [
+        make_flow(target, moons, torch.device("cpu"), width=width, n_hidden=layers).name
+        for target in ("raw", "stable", "fixed")
+        for width, layers in ((64, 3), (8, 3), (64, 1), (8, 1))
+    ]
+    assert names[:4] == ["moons", "moons-w8", "moons-l1", "moons-w8-l1"]
+    assert names[-4:] == ["moons-fixed", "moons-fixed-w8", "moons-fixed-l1", "moons-fixed-w8-l1"]
+    assert len(set(names)) == 12

@@ -111,7 +111,7 @@ def test_a_stream_of_other_paths_does_not_depend_on_how_it_is_cut() -> None:
 def test_names_and_widths() -> None:
     paths = Paths(sigma=0.1, coupling="ot", times="logit-normal")
     problem = FlowMatching.of(data.load("moons"), CPU, paths=paths, width=8, n_hidden=2)
-    assert problem.name == "moons-w8-ot-sigma0.1-logit-normal"
+    assert problem.name == "moons-w8-l2-ot-sigma0.1-logit-normal"
     model, expected = problem.initial_model(0), ToyMLP(2, w=8, n_hidden=2, time_varying=True)
     assert [p.shape for p in model.parameters()] == [p.shape for p in expected.parameters()]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from experiments import data
-from experiments.checkpoint import Checkpoint
+from experiments.checkpoint import Checkpoint, holds_unfinished
+from experiments.earlier_run import set_aside
 from experiments.environment import UsageError
 from experiments.interruption import Interruption
-from experiments.optimizers import settings_class
+from experiments.optimizers import OPTIMIZERS, settings_class
 from experiments.paths import Paths
 from experiments.problems.flow import make_flow
-from experiments.records import Run
+from experiments.records import Run, Trial
 from experiments.training import Budget, Task, Training, train
 from tests.experiments.scripts import main_of
 
@@ -42,14 +44,15 @@ def losses(run: Run) -> list[Any]:
     return [(p.step, p.samples, p.train_loss, p.losses) for p in run.points]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "hessfree", "dense-fisher", "soap", "lbfgs"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_goes_on_where_it_was(optimizer: str, tmp_path: Path) -> None:
     target: Any = "fixed" if optimizer == "lbfgs" else "raw"
     problem = make_flow(target, data.load("moons"), CPU, width=8)
-    changes = {} if optimizer == "lbfgs" else {"batch_size": 300}
-    if optimizer in ("adam", "soap"):
+    changes: dict[str, Any] = {} if optimizer == "lbfgs" else {"batch_size": 300}
+    kind = settings_class(optimizer, problem)
+    if kind.lr_grid:
         changes |= {"lr": 0.01}
-    settings = settings_class(optimizer, problem).for_problem(problem, **changes)
+    settings = kind.for_problem(problem, **changes)
     task = Task(problem, optimizer, settings, seed=3, budget=Budget(steps=12))
     whole = train(task)
     path = tmp_path / "checkpoint.pt"
@@ -98,27 +101,14 @@ def curves(out: Path) -> list[Any]:
     return [(run["optimizer"], run["step"], run["train_loss"], run["excess_loss"], run["sweep"]) for run in runs]
 
 
-@pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_and_resume(
-    main: Callable[[list[str]], int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flags = [
-        "--budget-steps",
-        str(STEPS),
-        "--width",
-        "8",
-        "--sampler-steps",
-        "2",
-        "--optimizers",
-        "hessfree",
-        "adam",
-        "--set",
-        *SMALL,
-    ]
-    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+FLAGS = [
+    *("--budget-steps", str(STEPS), "--width", "8", "--sampler-steps", "2"),
+    *("--optimizers", "hessfree", "adam", "--set", *SMALL),
+]
+
+
+def press(monkeypatch: pytest.MonkeyPatch, presses: dict[int, int]) -> None:
+    """Press Ctrl-C so many times at the end of certain steps, counted from here on over all runs."""
     kept = Training.count
     counted = 0
 
@@ -126,11 +116,23 @@ def test_ctrl_c_and_resume(
         nonlocal counted
         kept(self, loss)
         counted += 1
-        if counted in (3, STEPS + 2):  # in the first run, and in the second trial of the sweep
+        for _ in range(presses.get(counted, 0)):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Training, "count", count)
-    stopped = [*flags, "--out", str(tmp_path / "stopped")]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_and_resume(
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert main([*FLAGS, "--out", str(tmp_path / "whole")]) == 0
+    assert not holds_unfinished(tmp_path / "whole" / "checkpoint.pt")
+    press(monkeypatch, {3: 1, STEPS + 2: 1})  # in the first run, and in the second trial of the sweep
+    stopped = [*FLAGS, "--out", str(tmp_path / "stopped")]
     capsys.readouterr()
     assert main(stopped) == 130
     said = capsys.readouterr().out
@@ -146,12 +148,69 @@ def test_ctrl_c_and_resume(
 
 
 @pytest.mark.usefixtures("ctrl_c")
+def test_two_ctrl_c_and_a_start_without_resume(
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    press(monkeypatch, {2: 2, 4: 1})  # in the second step of each start
+    flags = [*FLAGS, "--out", str(tmp_path)]
+    assert main(flags) == 130
+    said = capfd.readouterr()
+    assert "stops after this step; a second Ctrl-C stops at once" in said.err and said.err.endswith(
+        "train.py: stopped\n"
+    )
+    assert "stopped at once" in said.out and "To go on: python" in said.out and "--resume" in said.out
+    (tmp_path / "results.json").write_text("of another run")
+    assert main(flags) == 130
+    said = capfd.readouterr()
+    kept = tmp_path / "checkpoint.old.pt"
+    assert str(kept) in said.out and "--resume" in said.out.partition("\n")[0]
+    assert torch.load(kept, weights_only=True)["running"]["state"]["steps"] == 1  # when it was saved last
+    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "results.old.json").read_text() == "of another run"
+
+
+def test_only_unfinished_work_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    said: list[str] = []
+    checkpoint = Checkpoint(path, {})
+    checkpoint.save()
+    set_aside(tmp_path, path, said.append)  # nothing was done
+    checkpoint.add_trial("adam", Trial(0.1, 1.0))
+    checkpoint.finish()
+    set_aside(tmp_path, path, said.append)
+    assert path.exists() and not said
+    for name in ("checkpoint.old.pt", "checkpoint.old2.pt"):
+        unfinished = Checkpoint(path, {})
+        unfinished.add_trial("adam", Trial(0.1, 1.0))
+        set_aside(tmp_path, path, said.append)
+        assert not path.exists() and name in said[-1]
+        assert Checkpoint.load(tmp_path / name, {}).trials_of("adam") == [Trial(0.1, 1.0)]
+    path.write_bytes(b"nothing")
+    set_aside(tmp_path, path, said.append)
+    assert (tmp_path / "checkpoint.old3.pt").read_bytes() == b"nothing"
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_acts_as_usual() -> None:
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_what_lightning_makes_of_the_second_ctrl_c() -> None:
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(SystemExit), Interruption():
+        sys.exit(1)
 
 
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:

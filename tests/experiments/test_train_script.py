@@ -77,6 +77,11 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
         (["--set", "hessfree.colour=1"], ["'colour'", "damping"]),
         (["--set", "hessfree.curvature_batch=9000"], ["9000", "8192"]),
         (["--data", "digits-784", "--optimizers", "dense-fisher"], ["109584", "leave it out"]),
+        (
+            ["--set", "hessfree.damping=0.5", "hessfree.omega=1"],
+            ["'hessfree.omega=1'", "between 0 and 1", "out for 0.8"],
+        ),
+        (["--optimizers", "kfac", "--set", "kfac.gradient_ema=1"], ["'kfac.gradient_ema=1'", "decay", "out for 0.9"]),
         (["--budget-steps", "0"], ["--budget-steps 0", "positive"]),
         (["--target", "blue"], ["'blue'", "raw, stable, fixed"]),
         (["--target", "stable", "--coupling", "ot"], ["--coupling ot", "--target raw"]),
@@ -86,6 +91,8 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
         (["--sampler", "leap"], ["'leap'", "euler, midpoint"]),
         (["--sampler-steps", "0"], ["--sampler-steps 0", "positive"]),
         (["--data", "mnist", "--data-root", "/no/such/place"], ["/no/such/place", "digits-784"]),
+        (["--data", "mnist", "--data-root", "/no/such/place", "--optimizers", "hesfree"], ["'hesfree'", "choose from"]),
+        (["--data", "mnist", "--data-root", "/no/such/place", "--set", "hesfree.lr=1"], ["'hesfree'", "choose from"]),
         (["--resume"], ["checkpoint.pt", "leave --resume out"]),
         (["--config", "/no/such.toml"], ["/no/such.toml", "cannot be read"]),
     ],
@@ -93,12 +100,13 @@ def test_default_place_and_digits_784(main: Main, tmp_path: Path, monkeypatch: p
 def test_input_that_makes_no_sense(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
-    assert main([*TINY, "--out", str(tmp_path / "out"), *arguments]) == 2
+    budget = [] if "--budget-steps" in arguments else TINY
+    assert main([*budget, "--out", str(tmp_path / "out"), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("train.py: error: ")
     assert all(word in captured.err for word in words), captured.err
     assert captured.out == ""
-    assert not list(tmp_path.rglob("events.out.*"))
+    assert not list(tmp_path.rglob("events.out.*")) and not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize("below", [".", "deeper/still"])
@@ -111,7 +119,17 @@ def test_out_is_a_file(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture
     assert captured.out == "" and file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "one"], ["--unknown"], ["--optimizers"], ["--budget", "3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--seed", "one"],
+        ["--unknown"],
+        ["--optimizers"],
+        ["--budget", "3"],
+        ["--budget-seconds", "1", "--budget-steps", "2"],
+        ["--out", "~nobody-of-this-name/runs"],
+    ],
+)
 def test_words_that_cannot_be_parsed(main: Main, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
