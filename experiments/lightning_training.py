@@ -85,7 +85,7 @@ class _Module(lightning.LightningModule):
         self._training.set_step_length()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._training.task.problem.loss(self.model, batch)
+        return self._training.loss(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         training = self._training

@@ -49,7 +49,7 @@ def as_json(
 
     Returns:
         Plain dicts and lists. Seconds and losses are lists of equal length, from the start to the end of a run;
-        a number that is not finite is None.
+        a number that is not finite is None. What `samples` of a run counts, `Point` says.
     """
     return _finite({
         "data": problem.name,
