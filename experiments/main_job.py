@@ -26,6 +26,7 @@ from experiments.records import Budget, Run
 from experiments.results import LIGHTNING, PLAIN, score_name
 from experiments.sampling import Method, Sampler
 from experiments.tensorboard_log import TensorBoardLog
+from experiments.training import last_point
 
 _SECONDS = 12.0
 
@@ -182,6 +183,7 @@ def run_job(job: Job) -> list[Run]:
         now=checkpoint.started,
         snapshots={name: snapshot(view, name) for name in contenders},
         append=job.resume,
+        previous={name: last_point(checkpoint.state_of(name)) for name in contenders},
     )
     runs = _supervised(job, problem, contenders, budget, checkpoint, log, trainer)
     loop = LIGHTNING if job.lightning else PLAIN

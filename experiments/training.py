@@ -24,7 +24,19 @@ from experiments.optimizers import Settings
 from experiments.problems import Problem
 from experiments.records import Budget, Observer, Point, Run, Trial, evaluation_times
 
-__all__ = ["Budget", "Observer", "Point", "Run", "Stopwatch", "Task", "Training", "Trial", "evaluation_times", "train"]
+__all__ = [
+    "Budget",
+    "Observer",
+    "Point",
+    "Run",
+    "Stopwatch",
+    "Task",
+    "Training",
+    "Trial",
+    "evaluation_times",
+    "last_point",
+    "train",
+]
 
 
 class Stopwatch:
@@ -257,6 +269,19 @@ def _internals(optimizer: Optimizer) -> dict[str, float]:
     """The numbers of the last step's report, where an optimizer keeps one."""
     report: Any = getattr(optimizer, "last_step", None)
     return {} if report is None else report.scalars("optimizer/")
+
+
+def last_point(state: dict[str, Any] | None) -> Point | None:
+    """Give the last point of a run in progress.
+
+    Args:
+        state: From `Training.state_dict`; None: the run has not begun.
+
+    Returns:
+        The point; None where there is none yet.
+    """
+    points = [] if state is None else state["points"]
+    return Point(**points[-1]) if points else None
 
 
 def _is_replaying() -> bool:
