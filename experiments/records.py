@@ -126,6 +126,11 @@ class Run:
         return self.points[-1]
 
     @property
+    def budget_steps(self) -> int | None:
+        """The steps it was given, and made; None where it was given seconds."""
+        return None if math.isfinite(self.budget_seconds) else self.final.step
+
+    @property
     def overshoot_seconds(self) -> float:
         """How long the last step went on after the end of the budget."""
         return max(0.0, self.final.seconds - self.budget_seconds)
