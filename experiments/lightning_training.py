@@ -71,6 +71,7 @@ class _Module(lightning.LightningModule):
         self.model = training.model
         self._training = training  # no module: Lightning leaves it alone
         self._watch = watch
+        self._first: Tensor | None = None  # of the batch, as the plain loop has it
 
     def configure_optimizers(self) -> Optimizer:
         return self._training.optimizer
@@ -82,16 +83,22 @@ class _Module(lightning.LightningModule):
         self._training.clock.__enter__()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._first = None
         self._training.set_step_length()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._training.task.problem.loss(self.model, batch)
+        loss = self._training.loss(batch)
+        # Lightning hands on the last evaluation of the step, which for L-BFGS is that of its last trial.
+        if self._first is None:
+            self._first = loss.detach()
+        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         training = self._training
         training.clock.__exit__()
         training.use()
-        training.count(outputs["loss"])
+        assert self._first is not None
+        training.count(self._first)
         if self._watch is not None:
             self._watch(training)
         if training.done:

@@ -66,11 +66,9 @@ def log_likelihood(field: Field, x: Tensor, *, noise: Tensor | None = None, samp
             return divergence(field, state[0], t)
         return hutchinson_divergence(field, state[0], noise, t)
 
-    adaptive = sampler.method == "dopri5"
-    times = torch.linspace(1, 0, 2 if adaptive else sampler.steps + 1, dtype=x.dtype, device=x.device)
-    bounds = {"rtol": sampler.tolerance, "atol": sampler.tolerance} if adaptive else {}
+    times = torch.linspace(1, 0, 2 if sampler.adaptive else sampler.steps + 1, dtype=x.dtype, device=x.device)
     with torch.no_grad():
-        paths = odeint(derivative, (x, x.new_zeros(len(x))), times, method=sampler.method, **bounds)
+        paths = odeint(derivative, (x, x.new_zeros(len(x))), times, **sampler.for_solver(x.device))
     latents, change = (path[-1] for path in paths)
     normal = -0.5 * latents.square().sum(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
     return Likelihood(normal + change, latents, evaluations)

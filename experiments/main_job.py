@@ -27,6 +27,7 @@ from experiments.records import Budget, Run
 from experiments.results import LIGHTNING, PLAIN, score_name
 from experiments.sampling import Method, Sampler
 from experiments.tensorboard_log import TensorBoardLog
+from experiments.training import last_point
 
 _SECONDS = 12.0
 
@@ -183,6 +184,7 @@ def run_job(job: Job) -> list[Run]:
         now=checkpoint.started,
         snapshots={name: snapshot(view, name) for name in contenders},
         append=job.resume,
+        previous={name: last_point(checkpoint.state_of(name)) for name in contenders},
     )
     loop = LIGHTNING if job.lightning else PLAIN
     try:

@@ -35,7 +35,7 @@ def flow_matching_moments_of(data: Tensor) -> InputMoments:
     """Give the moments of the input (x_t, t), where x1 is a random row of `data`.
 
     Args:
-        data: All data points, `[N, D]`.
+        data: All data points, `[N, D]`, on a device that has float64.
 
     Returns:
         The moments of the D + 1 inputs, in double precision.

@@ -61,7 +61,7 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(
-        f"{problem.name}: {score} at equal seconds of training",
+        title_of(problem, runs),
         x=0.01,
         ha="left",
         fontsize=13,
@@ -73,6 +73,20 @@ def write_curves(path: Path, problem: Problem, runs: Sequence[Run]) -> Path:
     axes[0].set_ylabel(score)
     figure.savefig(path)
     return path
+
+
+def title_of(problem: Problem, runs: Sequence[Run]) -> str:
+    """Say what is drawn.
+
+    Args:
+        problem: What was solved.
+        runs: One an optimizer, all with one kind of budget.
+
+    Returns:
+        The title.
+    """
+    equal = "seconds of training" if all(run.budget_steps is None for run in runs) else "steps"
+    return f"{problem.name}: {score_name(problem.score)} at equal {equal}"
 
 
 def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> None:

@@ -69,7 +69,8 @@ class Point:
 
     Attributes:
         step: Steps made.
-        samples: Rows used.
+        samples: Rows used: those of every loss that the optimizer asked of its closure, counted again each time. Where
+            it asks once a step, the rows drawn; L-BFGS asks some 25 times. Replays of `HessianFree` are not counted.
         seconds: Seconds of training.
         train_loss: Mean loss of the batches since the previous point; at the start, of the first batch.
         losses: What the problem's `evaluate` says of the network, on rows that are fixed.
@@ -123,6 +124,11 @@ class Run:
     def final(self) -> Point:
         """The last point."""
         return self.points[-1]
+
+    @property
+    def budget_steps(self) -> int | None:
+        """The steps it was given, and made; None where it was given seconds."""
+        return None if math.isfinite(self.budget_seconds) else self.final.step
 
     @property
     def overshoot_seconds(self) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.environment import describe
-from experiments.problems import Noisy, Problem
+from experiments.problems import Layered, Noisy, Problem
 from experiments.records import Point, Run
 from experiments.sample_metrics import Quality
 
@@ -49,13 +49,14 @@ def as_json(
 
     Returns:
         Plain dicts and lists. Seconds and losses are lists of equal length, from the start to the end of a run;
-        a number that is not finite is None.
+        a number that is not finite is None. What `samples` of a run counts, `Point` says.
     """
     return _finite({
         "data": problem.name,
         "dim": problem.dim,
         "score": problem.score,
         **({"noise_floor": problem.noise_floor} if isinstance(problem, Noisy) else {}),
+        **({"width": problem.width, "hidden_layers": problem.n_hidden} if isinstance(problem, Layered) else {}),
         "loop": loop,
         "environment": describe(problem.device),
         "samples": {name: dataclasses.asdict(quality) for name, quality in (qualities or {}).items()},
@@ -70,6 +71,7 @@ def _run_as_json(run: Run) -> dict[str, Any]:
         "settings": _settings(run),
         "seed": run.seed,
         "budget_seconds": run.budget_seconds,
+        "budget_steps": run.budget_steps,
         "sweep": [dataclasses.asdict(trial) for trial in run.sweep],
         **{name: [row[name] for row in rows] for name in rows[0]},
         "internals": [point.internals for point in run.points],
@@ -159,11 +161,18 @@ def quality_table(qualities: Mapping[str, Quality], how: str) -> str:
         how: In words, how the samples were made.
 
     Returns:
-        Aligned columns, a line each, and a note below.
+        Aligned columns, a line each, and notes below.
     """
     rows = [["samples of", "energy distance", "sliced Wasserstein"]]
     rows += [[name, f"{one.energy_distance:.4f}", f"{one.sliced_wasserstein:.4f}"] for name, one in qualities.items()]
-    return "\n".join([*_aligned(rows), "", f"Distances to held-out data; samples: {how}."])
+    notes = [f"Distances to held-out data; samples: {how}."]
+    for name, one in qualities.items():
+        if not (math.isfinite(one.energy_distance) and math.isfinite(one.sliced_wasserstein)):
+            notes.append(
+                f"{name} has no distance: samples are not finite, for the field diverges along a path, or is too steep "
+                f"for the sampler (dopri5 gives up all paths for one; fixed steps, as of --sampler midpoint, do not)."
+            )
+    return "\n".join([*_aligned(rows), "", *notes])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

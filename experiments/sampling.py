@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,27 @@ class Sampler:
 
     def __str__(self) -> str:
         """Name the rule and what bounds its error."""
-        return f"{self.method}, {f'tolerance {self.tolerance:g}' if self.method == 'dopri5' else f'{self.steps} steps'}"
+        return f"{self.method}, {f'tolerance {self.tolerance:g}' if self.adaptive else f'{self.steps} steps'}"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the rule chooses its steps."""
+        return self.method == "dopri5"
+
+    def for_solver(self, device: torch.device) -> dict[str, Any]:
+        """Give what `torchdiffeq.odeint` is to be told of the rule.
+
+        Args:
+            device: Where the points are.
+
+        Returns:
+            Its keyword arguments.
+        """
+        if not self.adaptive:
+            return {"method": self.method}
+        # An adaptive solver keeps times and tolerances as float64 on the points' device, and MPS has none.
+        options = {"dtype": torch.float32} if device.type == "mps" else None
+        return {"method": self.method, "rtol": self.tolerance, "atol": self.tolerance, "options": options}
 
     @torch.no_grad()
     def carry(self, field: Field, x0: Tensor) -> Tensor:
@@ -55,15 +75,14 @@ class Sampler:
             x0: Where the points are at t = 0, `[n, D]`.
 
         Returns:
-            Where they are at t = 1, `[n, D]`. NaN where the field diverges, which "dopri5" cannot follow.
+            Where they are at t = 1, `[n, D]`. Where the field diverges their numbers are not finite; "dopri5" steps for
+            all points together, and returns NaN for all if it cannot follow one of them.
         """
         from torchdiffeq import odeint
 
-        adaptive = self.method == "dopri5"
-        times = torch.linspace(0, 1, 2 if adaptive else self.steps + 1, device=x0.device)
-        bounds = {"rtol": self.tolerance, "atol": self.tolerance} if adaptive else {}
+        times = torch.linspace(0, 1, 2 if self.adaptive else self.steps + 1, device=x0.device)
         try:
-            return odeint(lambda t, x: field(x, t), x0, times, method=self.method, **bounds)[-1]
+            return odeint(lambda t, x: field(x, t), x0, times, **self.for_solver(x0.device))[-1]
         except AssertionError:  # torchdiffeq's word for a step that underflows, or for values that are not finite
             return torch.full_like(x0, torch.nan)
 

@@ -49,6 +49,7 @@ class TensorBoardLog:
         now: float,
         snapshots: Mapping[str, Snapshot] | None = None,
         append: bool = False,
+        previous: Mapping[str, Point | None] | None = None,
     ) -> None:
         """Open one writer an optimizer; the events of an earlier comparison in the same place make way.
 
@@ -60,6 +61,7 @@ class TensorBoardLog:
             now: Seconds since the epoch, from which the relative axis counts.
             snapshots: Draw an optimizer's pictures from its network.
             append: Keep the events that are there: a comparison goes on.
+            previous: The last point of a run that goes on, by optimizer, where it has one: written already.
 
         Raises:
             UsageError: If the directory cannot be written.
@@ -69,12 +71,13 @@ class TensorBoardLog:
         self._score, self._budget, self._now = score, budget, now
         self._snapshots = snapshots or {}
         self._pictures = {name: list(_PICTURES_AT) for name in contenders}
-        self._previous: dict[str, Point] = {}
+        self._previous = {name: point for name, point in (previous or {}).items() if point is not None}
         self._writers: dict[str, Any] = {}
         try:
+            # Also those of optimizers that are not among the contenders now, or they would stay beside the new curves.
+            for old in () if append else list(directory.glob("*/events.out.tfevents.*")):
+                old.unlink()
             for name in contenders:
-                for old in () if append else (directory / name).glob("events.out.tfevents.*"):
-                    old.unlink()
                 self._writers[name] = SummaryWriter(str(directory / name))
         except OSError as error:
             raise UsageError(f"--out: {str(directory)!r} cannot be written ({error.strerror}); give another") from None

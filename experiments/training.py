@@ -3,10 +3,13 @@
 What counts as an optimizer's time: building it (with the import of its package), drawing its batches, its steps. What
 does not: evaluation, logging, checkpoints. The budget is checked between steps, so a run may overshoot by one step; the
 overshoot is part of the result.
+
+What counts as its samples: the rows of every loss that it asks of the closure, see `Training.loss`.
 """
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -21,7 +24,19 @@ from experiments.optimizers import Settings
 from experiments.problems import Problem
 from experiments.records import Budget, Observer, Point, Run, Trial, evaluation_times
 
-__all__ = ["Budget", "Observer", "Point", "Run", "Stopwatch", "Task", "Training", "Trial", "evaluation_times", "train"]
+__all__ = [
+    "Budget",
+    "Observer",
+    "Point",
+    "Run",
+    "Stopwatch",
+    "Task",
+    "Training",
+    "Trial",
+    "evaluation_times",
+    "last_point",
+    "train",
+]
 
 
 class Stopwatch:
@@ -80,6 +95,7 @@ class Training:
         model: The network.
         optimizer: What trains it.
         steps: Steps made.
+        samples: Rows used, as `loss` counts them.
         clock: Counts the seconds of training.
         last_loss: Of the last step's batch; NaN before the first.
     """
@@ -97,6 +113,9 @@ class Training:
         self.model = problem.initial_model(seed)
         self.points: list[Point] = []
         self.steps = 0
+        self.samples = 0
+        # A stream of fixed rows gives all there are to whoever asks for more.
+        self._rows = settings.batch_size if problem.rows is None else min(settings.batch_size, problem.rows)
         self.last_loss = math.nan
         self._loss_sum, self._losses = 0.0, 0
         # Off the clock: the loss at the start is that of the rows which the first step will draw again.
@@ -139,6 +158,24 @@ class Training:
         for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * length
 
+    def loss(self, batch: Any) -> Tensor:
+        """Evaluate the loss for a closure, and count its rows.
+
+        Every evaluation counts that an optimizer asks for in its own right: most ask for one a step, whose rows are
+        those drawn; `torch.optim.LBFGS` asks for some 25 of the same rows, and goes through them as often. What
+        `HessianFree` replays of a batch, to test its damping, does not count, no more than its products with the
+        curvature: both are in the seconds.
+
+        Args:
+            batch: The rows of the step.
+
+        Returns:
+            A scalar with its graph.
+        """
+        if not _is_replaying():
+            self.samples += self._rows
+        return self.task.problem.loss(self.model, batch)
+
     def step(self) -> None:
         """Make one step on new rows."""
         optimizer = self.optimizer
@@ -148,7 +185,7 @@ class Training:
 
             def closure() -> Tensor:
                 optimizer.zero_grad()
-                loss = self.task.problem.loss(self.model, batch)
+                loss = self.loss(batch)
                 loss.backward()
                 return loss
 
@@ -178,7 +215,7 @@ class Training:
         """Evaluate, off the clock."""
         point = Point(
             step=self.steps,
-            samples=self.steps * self.task.settings.batch_size,
+            samples=self.samples,
             seconds=self.clock.seconds,
             train_loss=self._loss_sum / self._losses if self._losses else math.nan,
             losses=self.task.problem.evaluate(self.model),
@@ -204,6 +241,7 @@ class Training:
             "stream": stream.state_dict(),
             "random": torch.get_rng_state(),
             "steps": self.steps,
+            "samples": self.samples,
             "seconds": self.clock.seconds,
             "losses": (self._loss_sum, self._losses, self.last_loss),
             "due": list(self._due),
@@ -221,7 +259,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["random"])
-        self.steps, self.clock.seconds = state["steps"], state["seconds"]
+        self.steps, self.samples, self.clock.seconds = state["steps"], state["samples"], state["seconds"]
         self._loss_sum, self._losses, self.last_loss = state["losses"]
         self._due = list(state["due"])
         self.points = [Point(**point) for point in state["points"]]
@@ -231,6 +269,26 @@ def _internals(optimizer: Optimizer) -> dict[str, float]:
     """The numbers of the last step's report, where an optimizer keeps one."""
     report: Any = getattr(optimizer, "last_step", None)
     return {} if report is None else report.scalars("optimizer/")
+
+
+def last_point(state: dict[str, Any] | None) -> Point | None:
+    """Give the last point of a run in progress.
+
+    Args:
+        state: From `Training.state_dict`; None: the run has not begun.
+
+    Returns:
+        The point; None where there is none yet.
+    """
+    points = [] if state is None else state["points"]
+    return Point(**points[-1]) if points else None
+
+
+def _is_replaying() -> bool:
+    """Whether a `HessianFree` evaluates its batch again."""
+    # Not imported here, or its import would be on no optimizer's clock; where nobody has imported it, none replays.
+    package = sys.modules.get("hessfree")
+    return package is not None and bool(package.is_replaying())
 
 
 Watch = Callable[[Training], None]  # called after every step, off the clock

@@ -46,13 +46,14 @@ def moments_of_first_layer(
         parameters: Those of the network; the weight of the layer that takes (x_t, t) is the first.
 
     Returns:
-        Its moments by that weight; nothing where the data are not known.
+        Its moments by that weight, on the CPU; nothing where the data are not known.
     """
     from experiments.moments import flow_matching_moments_of
 
     if name is None:
         return {}
-    return {parameters[0]: flow_matching_moments_of(_points(name).to(parameters[0].device))}
+    # They are averaged in float64, which not every accelerator has; K-FAC moves the factor to where it is needed.
+    return {parameters[0]: flow_matching_moments_of(_points(name))}
 
 
 @functools.cache

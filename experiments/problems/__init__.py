@@ -10,7 +10,7 @@ from experiments import data
 from experiments.environment import UsageError
 from experiments.paths import Paths
 from experiments.problems.autoencoder import DigitsAutoencoder
-from experiments.problems.base import Noisy, Problem, Stream, parameters_of
+from experiments.problems.base import Layered, Noisy, Problem, Stream, parameters_of
 from experiments.problems.classifier import DigitsClassifier
 from experiments.problems.flow import FixedFlowMatching, FlowMatching, StableFlowMatching
 from experiments.problems.poisson import Poisson
@@ -34,7 +34,7 @@ _OTHERS: dict[str, Callable[[torch.device], Problem]] = {
 _KINDS = {dataset + kind: (dataset, of) for kind, of in _FLOWS.items() for dataset in data.NAMES}
 PROBLEMS = (*_KINDS, *_OTHERS)
 
-__all__ = ["PROBLEMS", "Noisy", "Problem", "Stream", "make", "parameters_of"]
+__all__ = ["PROBLEMS", "Layered", "Noisy", "Problem", "Stream", "make", "parameters_of"]
 
 
 def make(name: str, device: torch.device | str = "cpu", root: Path | None = None) -> Problem:

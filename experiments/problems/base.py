@@ -70,6 +70,19 @@ class Noisy(Protocol):
         """That height."""
 
 
+@runtime_checkable
+class Layered(Protocol):
+    """A problem whose network has hidden layers of one width, which the user may choose."""
+
+    @property
+    def width(self) -> int:
+        """Of the hidden layers."""
+
+    @property
+    def n_hidden(self) -> int:
+        """Number of these."""
+
+
 _FIRST_ROWS = 1024
 
 

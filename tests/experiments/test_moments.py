@@ -1,10 +1,13 @@
 """Closed-form moments of the input of a flow-matching network."""
 
 import torch
+from torch import nn
 
 from experiments.models import ToyMLP
 from experiments.moments import flow_matching_moments, flow_matching_moments_of
+from experiments.optimizers.known_inputs import moments_of_first_layer
 from experiments.paths import STRAIGHT
+from hessfree import HessianFree
 from hessfree.preconditioners import KFAC, InputMoments
 
 
@@ -43,3 +46,28 @@ def test_against_batches_of_the_experiment() -> None:
 def test_they_fit_the_first_layer() -> None:
     model = ToyMLP(3, w=4, time_varying=True)
     KFAC(input_moments={model.net[0]: flow_matching_moments_of(data())})
+
+
+def test_they_are_averaged_in_double_precision_where_there_is_some() -> None:
+    # "meta" stands for a device on which nothing could be averaged, as float64 cannot on MPS
+    weight = nn.Parameter(torch.empty(4, 3, device="meta"))
+    [(key, moments)] = moments_of_first_layer("moons", [weight]).items()
+    assert key is weight and {moments.mean.device.type, moments.second.device.type} == {"cpu"}
+    assert moments.second.dtype == torch.float64 and bool(moments.second.isfinite().all())
+    # K-FAC takes the factor to the layer's own precision and device
+    model = ToyMLP(2, w=4, time_varying=True)
+    optimizer = HessianFree(
+        model.parameters(), preconditioner=KFAC(input_moments=moments_of_first_layer("moons", [*model.parameters()]))
+    )
+    x, t = data(8, 2), torch.rand(8, 1, generator=torch.Generator().manual_seed(0))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (model(x, t) - x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    block = optimizer.state["hessfree"]["preconditioner"]["blocks"][0]  # type: ignore[index]
+    assert block["inner"].dtype == torch.float32
+    torch.testing.assert_close(block["inner"], moments.factor(True).float())

@@ -42,6 +42,7 @@ def test_json(problem: FlowMatching, runs: list[Run], tmp_path: Path) -> None:
     content = json.loads(write_json(tmp_path / "results.json", problem, runs).read_text())
     assert content["data"] == "8gaussians"
     assert content["environment"]["torch"] == torch.__version__
+    assert (content["width"], content["hidden_layers"]) == (64, 3)
     hessfree, adam = content["runs"]
     assert hessfree["optimizer"] == "hessfree"
     assert hessfree["settings"]["curvature_batch"] == 1024
@@ -49,7 +50,10 @@ def test_json(problem: FlowMatching, runs: list[Run], tmp_path: Path) -> None:
     assert hessfree["train_loss"] == [13.0, 5.1] and hessfree["excess_loss"] == [8.0, 0.1]
     assert hessfree["final"]["excess_loss"] == 0.1 and hessfree["final"]["overshoot_seconds"] == 1.0
     assert adam["settings"]["lr"] == 0.03 and adam["sweep"] == [{"lr": 0.03, "score": 0.5}]
-    assert adam["seed"] == 0
+    assert adam["seed"] == 0 and adam["budget_seconds"] == 2.0 and adam["budget_steps"] is None
+    by_steps = Run("adam", AdamSettings(lr=0.03), 0, math.inf, (point(0, 8.0), point(4, 0.4)))
+    [adam] = json.loads(write_json(tmp_path / "steps.json", problem, [by_steps]).read_text())["runs"]
+    assert adam["budget_seconds"] is None and adam["budget_steps"] == 4
 
 
 def test_numbers_that_json_does_not_have(problem: FlowMatching, tmp_path: Path) -> None:
@@ -80,7 +84,10 @@ def test_table(problem: FlowMatching, runs: list[Run]) -> None:
 def test_samples(problem: FlowMatching, runs: list[Run], tmp_path: Path) -> None:
     qualities = {"hessfree": Quality(0.25, 0.5), "data": Quality(0.01, math.nan)}
     lines = quality_table(qualities, "9 by euler").splitlines()
-    assert lines[2].split() == ["hessfree", "0.2500", "0.5000"] and "9 by euler" in lines[-1]
+    assert lines[2].split() == ["hessfree", "0.2500", "0.5000"] and "9 by euler" in lines[-2]
+    # a diverging path makes all of dopri5's samples NaN, which a bare `nan` would not say
+    assert lines[-1].startswith("data has no distance") and "dopri5" in lines[-1]
+    assert quality_table({"hessfree": Quality(0.25, 0.5)}, "9 by euler").splitlines()[-1].endswith("9 by euler.")
     content = json.loads(write_json(tmp_path / "results.json", problem, runs, qualities, LIGHTNING).read_text())
     assert content["samples"]["data"] == {"energy_distance": 0.01, "sliced_wasserstein": None}
     assert content["loop"] == "lightning"
@@ -92,7 +99,7 @@ def test_a_problem_without_noise(tmp_path: Path) -> None:
     points = tuple(Point(k, 10 * k, float(k), 2.0, judged) for k, judged in enumerate(losses))
     run = Run("adam", AdamSettings(lr=0.1), 0, 2.0, points)
     content = json.loads(write_json(tmp_path / "results.json", poisson, [run]).read_text())
-    assert content["score"] == "train_objective" and "noise_floor" not in content
+    assert content["score"] == "train_objective" and "noise_floor" not in content and "width" not in content
     assert content["runs"][0]["train_objective"] == [3.0, 0.5]
     assert content["runs"][0]["final"]["relative_error"] == pytest.approx(0.5 / 9)
     text = table(poisson, [run])

@@ -1,11 +1,14 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import data
 from experiments.environment import UsageError
+from experiments.likelihood import log_likelihood
 from experiments.models import ToyMLP
 from experiments.sampling import METHODS, Sampler
 
@@ -65,3 +68,37 @@ def test_a_field_that_diverges(method: str) -> None:
 def test_settings_that_make_no_sense(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Sampler(**settings)  # type: ignore[arg-type]
+
+
+class NoDoubles(TorchDispatchMode):
+    """A device without float64, as MPS is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert not (isinstance(result, Tensor) and result.dtype == torch.float64), func
+        return result
+
+
+def test_the_adaptive_rule_needs_no_double_precision_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, mps = Sampler(method="dopri5", tolerance=1e-4), torch.device("mps")
+    assert sampler.for_solver(mps)["options"] == {"dtype": torch.float32}
+    assert sampler.for_solver(torch.device("cpu"))["options"] is None
+    assert Sampler(method="rk4").for_solver(mps) == {"method": "rk4"}
+    kept = Sampler.for_solver
+    monkeypatch.setattr(Sampler, "for_solver", lambda self, device: kept(self, mps))
+    start = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with NoDoubles():
+        end = sampler.carry(growth, start)
+        # the field x·t has the divergence 3t, and a normal of variance e for its density
+        found = log_likelihood(growth, end, sampler=sampler)
+    torch.testing.assert_close(end, start * math.exp(0.5), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.latents, start, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        found.log_density, torch.distributions.Normal(0, math.exp(0.5)).log_prob(end).sum(1), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_dopri5_gives_up_all_points_for_one() -> None:
+    start = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert Sampler(method="dopri5").carry(lambda x, t: 1e30 * x**3, start).isnan().all()
+    assert Sampler(steps=20).carry(lambda x, t: 1e30 * x**3, start)[0].isfinite().all()

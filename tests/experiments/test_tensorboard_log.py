@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import main_job
+from experiments.checkpoint import Checkpoint
 from experiments.optimizers import AdamSettings, HessianFreeSettings
 from experiments.records import Budget, Point
 from experiments.tensorboard_log import TensorBoardLog, layout
+from experiments.training import Task, Training
 
 MODEL = nn.Linear(1, 1)
 CONTENDERS = {"hessfree": HessianFreeSettings(), "adam": AdamSettings(lr=0.03)}
@@ -76,17 +79,25 @@ def test_equal_tags_by_step_time_and_samples(events: dict[str, Any]) -> None:
 
 def test_a_slow_step_does_not_stretch_the_axis(events: dict[str, Any]) -> None:
     last = scalars(events["hessfree"], "loss/excess_vs_ms")[-1]
-    # The process that went on knows no earlier point; at the end of the budget it shows what it has.
     assert last.step == 2000
 
 
-def test_the_loss_at_the_end_of_the_budget_is_that_of_before_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_loss_at_the_end_of_the_budget_is_that_of_before_the_step(resumed: bool, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = TensorBoardLog(tmp_path, CONTENDERS, score="excess_loss", budget=Budget(2.0), now=0.0)
-    for one in POINTS["hessfree"]:
-        log("hessfree", one, MODEL)
-    log.close()
+    first, last = POINTS["hessfree"]
+
+    def log(**changes: Any) -> TensorBoardLog:
+        return TensorBoardLog(tmp_path, CONTENDERS, score="excess_loss", budget=Budget(2.0), now=0.0, **changes)
+
+    one = log()
+    one("hessfree", first, MODEL)
+    if resumed:
+        one.close()
+        one = log(append=True, previous={"hessfree": first, "adam": None})
+    one("hessfree", last, MODEL)
+    one.close()
     shown = EventAccumulator(str(tmp_path / "hessfree")).Reload().Scalars("loss/excess_vs_ms")
     assert [(one.step, one.value) for one in shown] == [(500, 8.0), (2000, 8.0)]
 
@@ -123,3 +134,39 @@ def test_the_layout_names_what_a_report_has() -> None:
     known = StepReport(1, True, "", 0.0).scalars("optimizer/")
     charts = layout("excess")["Inside the optimizer"].values()
     assert all(tag.strip("^$") in known for _, tags in charts for tag in tags)
+
+
+def test_runs_of_an_earlier_comparison_make_way(tmp_path: Path) -> None:
+    def events_after(*names: str, append: bool = False) -> list[str]:
+        contenders = {name: AdamSettings(lr=0.1) for name in names}
+        TensorBoardLog(tmp_path, contenders, score="excess_loss", budget=Budget(2.0), now=0.0, append=append).close()
+        return sorted(path.parent.name for path in tmp_path.rglob("events.out.tfevents.*"))
+
+    assert events_after("hessfree", "soap") == ["hessfree", "soap"]
+    (tmp_path / "soap" / "notes.txt").write_text("mine")
+    assert events_after("hessfree") == ["hessfree"]  # the old curve of soap does not stay beside the new one
+    assert (tmp_path / "soap" / "notes.txt").read_text() == "mine"
+    assert events_after("adam", append=True) == ["adam", "hessfree"]
+
+
+class Opened(Exception):
+    pass
+
+
+def test_a_job_that_goes_on_tells_of_its_last_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = main_job.Job(
+        width=4, optimizers=["adam", "sgd"], assignments=["adam.lr=0.1", "sgd.lr=0.1"], out=tmp_path, resume=True
+    )
+    task = Task(job.problem(), "adam", AdamSettings(lr=0.1), seed=0, budget=Budget(steps=9), moments=(1.0, 9.0))
+    training = Training(task)
+    training.begin()
+    training.step()
+    Checkpoint(tmp_path / "checkpoint.pt", job.deciding()).watch(training)
+
+    def log(*_: Any, previous: dict[str, Point | None], append: bool, **__: Any) -> None:
+        assert append and previous == {"adam": training.points[-1], "sgd": None}
+        raise Opened
+
+    monkeypatch.setattr(main_job, "TensorBoardLog", log)
+    with pytest.raises(Opened):
+        main_job.run_job(job)

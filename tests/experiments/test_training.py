@@ -1,15 +1,16 @@
 import math
 import time
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from experiments import data, training
+from experiments import data, flow_matching, training
 from experiments.flow_matching import Batch
-from experiments.optimizers import AdamSettings
+from experiments.optimizers import AdamSettings, settings_class
 from experiments.problems import Problem
 from experiments.problems.flow import FixedFlowMatching, FlowMatching
-from experiments.training import Budget, Point, Stopwatch, Task, evaluation_times, train
+from experiments.training import Budget, Point, Run, Stopwatch, Task, evaluation_times, train
 
 CPU = torch.device("cpu")
 
@@ -136,3 +137,52 @@ def test_internals_come_from_the_report(problem: Problem) -> None:
     assert training._internals(optimizer) == {}
     optimizer.last_step = Report()  # type: ignore[attr-defined]
     assert training._internals(optimizer) == {"optimizer/damping": 0.5}
+
+
+class Counted(FixedFlowMatching):
+    """Knows the rows of every loss."""
+
+    seen: ClassVar[list[int]] = []
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        self.seen.append(len(batch))
+        return super().loss(model, batch)
+
+
+def counted_run(name: str, steps: int, **changes: Any) -> tuple[Run, list[int]]:
+    """Train on 4096 fixed rows; give the rows of each of its evaluations too."""
+    problem = Counted.of(data.load("8gaussians"), CPU, width=8)
+    settings = settings_class(name, problem).for_problem(problem, **changes)
+    Counted.seen.clear()
+    run = train(Task(problem, name, settings, seed=0, budget=Budget(steps=steps), moments=()))
+    # `evaluate` asks for the loss at the start and at the end
+    return run, Counted.seen[2:-1]
+
+
+def test_every_evaluation_of_lbfgs_counts() -> None:
+    run, seen = counted_run("lbfgs", 2, max_iterations=5)
+    assert len(seen) > 2 and run.final.step == 2
+    assert run.final.samples == sum(seen) == len(seen) * 4096
+
+
+def test_replays_do_not_count(problem: Problem) -> None:
+    calls = 0
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return flow_matching.loss(model, batch)
+
+    settings = settings_class("hessfree", problem).for_problem(problem, batch_size=256, curvature_batch=64)
+    task = Task(problem, "hessfree", settings, seed=0, budget=Budget(steps=6), moments=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(problem), "loss", lambda self, model, batch: loss(model, batch))
+        run = train(task)
+    assert calls > 1 + run.final.step  # one at the start, and tests of the damping beside the steps'
+    assert run.final.samples == 6 * 256
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(10**6, 4096), (100, 100)])
+def test_rows_that_do_not_exist_do_not_count(asked: int, rows: int) -> None:
+    run, seen = counted_run("adam", 3, lr=0.01, batch_size=asked)
+    assert seen == [rows] * 3 and run.final.samples == 3 * rows
