@@ -1,6 +1,6 @@
 """Muon for matrices, AdamW for the rest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ class MuonSettings(FirstOrderSettings):
     """torch.optim.Muon (Jordan et al. 2024) on weight matrices, AdamW on all else, one learning rate for both.
 
     Muon's steps are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, sec. 2.2), so that
-    one rate suits both. Biases and the kernels of convolutions are no matrices, and AdamW's.
+    one rate suits both. A convolution's kernel is the matrix `[out, in · height · width]`, as for its author; vectors
+    are AdamW's. The first and last layers of these small networks are Muon's as well.
 
     Attributes:
         weight_decay: Share of the weights that a step of rate 1 takes away.
@@ -26,11 +27,13 @@ class MuonSettings(FirstOrderSettings):
         params = list(parameters)
         rate: dict[str, Any] = {"lr": lr, "weight_decay": self.weight_decay}
         parts: list[Optimizer] = []
-        if matrices := [p for p in params if p.dim() == 2]:
+        # torch's Muon takes matrices alone: of a kernel it gets one that shares its memory
+        matrix_of = {p: nn.Parameter(p.detach().view(len(p), -1)) for p in params if p.dim() > 2}
+        if matrices := [matrix_of.get(p, p) for p in params if p.dim() > 1]:
             parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rate))
-        if rest := [p for p in params if p.dim() != 2]:
+        if rest := [p for p in params if p.dim() <= 1]:
             parts.append(torch.optim.AdamW(rest, **rate))
-        return Together(parts)
+        return Together(parts, matrix_of)
 
 
 class Together(Optimizer):
@@ -41,13 +44,15 @@ class Together(Optimizer):
         state: That of all parts, by parameter.
     """
 
-    def __init__(self, parts: Iterable[Optimizer]) -> None:
+    def __init__(self, parts: Iterable[Optimizer], shared: Mapping[nn.Parameter, nn.Parameter] | None = None) -> None:
         """Take the parts together.
 
         Args:
             parts: The optimizers.
+            shared: For parameters of the network what a part has in their place: the same memory in another shape.
         """
         self._parts = list(parts)
+        self._shared = dict(shared or {})
         groups = [group for part in self._parts for group in part.param_groups]
         super().__init__([p for group in groups for p in group["params"]], {})
         self.param_groups = groups
@@ -86,6 +91,21 @@ class Together(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for parameter, other in self._shared.items():
+            other.grad = None if parameter.grad is None else parameter.grad.reshape(other.shape)
         for part in self._parts:
             part.step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters, also of those that a part has in another shape.
+
+        Args:
+            set_to_none: As for any optimizer of torch.
+        """
+        super().zero_grad(set_to_none)
+        for parameter in self._shared:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()

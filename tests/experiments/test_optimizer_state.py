@@ -12,9 +12,10 @@ from experiments.optimizers import MuonSettings, Settings, ShampooSettings
 STEPS, SAVED = 34, 27  # Shampoo preconditions from its 25th step on
 
 
-def network() -> nn.Module:
+def network(kernel: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+    first = [nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 5, stride=4, padding=2), nn.Flatten()]
+    return nn.Sequential(*(first if kernel else [nn.Linear(8, 8)]), nn.Tanh(), nn.Linear(8, 5))
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -28,13 +29,17 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "kernel"),
     # of these two layers one has blocks of one size, and the other of two
-    [MuonSettings(lr=0.1, weight_decay=0.01), ShampooSettings(lr=0.1, every=3, widest=8)],
-    ids=["muon", "shampoo"],
+    [
+        (MuonSettings(lr=0.1, weight_decay=0.01), False),
+        (MuonSettings(lr=0.1), True),
+        (ShampooSettings(lr=0.1, every=3, widest=8), False),
+    ],
+    ids=["muon", "muon with a kernel", "shampoo"],
 )
-def test_saved_and_loaded(settings: Settings) -> None:
-    model = network()
+def test_saved_and_loaded(settings: Settings, kernel: bool) -> None:
+    model = network(kernel)
     optimizer = settings.build(model.parameters(), 0)
     train(model, optimizer, range(SAVED))
     file = io.BytesIO()
@@ -44,7 +49,7 @@ def test_saved_and_loaded(settings: Settings) -> None:
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
     assert len(state["state"]) == 4  # parameters
-    again = network()
+    again = network(kernel)
     loaded = settings.build(again.parameters(), 0)
     again.load_state_dict(weights)
     loaded.load_state_dict(state)

@@ -161,21 +161,24 @@ def test_first_order_rivals(name: str) -> None:
         settings_class(name, FLAT).for_problem(FLAT).build(model.parameters(), 0)
 
 
-def test_muon_leaves_vectors_and_kernels_to_adamw() -> None:
+def test_muon_takes_kernels_for_matrices_and_leaves_vectors_to_adamw() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     start = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = MuonSettings(lr=0.1).build(model.parameters(), 0)
     parts = [[p.dim() for p in group["params"]] for group in optimizer.param_groups]
-    assert parts == [[2], [4, 1, 1]]
+    assert parts == [[2, 2], [1, 1]]
     model(torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     for group in optimizer.param_groups:
         group["lr"] = 0.01  # as the training loop does
     assert optimizer.step() is None
     steps = [(parameter - before).detach() for parameter, before in zip(model.parameters(), start, strict=True)]
     # AdamW's first step is the rate times the gradient's sign; Muon's is nearly orthogonal, its norm scaled to AdamW's
-    assert all(torch.allclose(step.abs(), torch.full_like(step, 0.01), rtol=1e-3) for step in (*steps[:2], steps[3]))
-    singular = torch.linalg.svdvals(steps[2]) / (0.2 * 0.01 * 8**0.5)
-    assert ((singular > 0.5) & (singular < 1.5)).all()
+    assert all(torch.allclose(step.abs(), torch.full_like(step, 0.01), rtol=1e-3) for step in (steps[1], steps[3]))
+    for matrix in (steps[0].flatten(1), steps[2]):
+        singular = torch.linalg.svdvals(matrix) / (0.2 * 0.01 * max(matrix.shape) ** 0.5)
+        assert ((singular > 0.5) & (singular < 1.5)).all()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_streams_refuse_what_needs_fixed_rows() -> None:
