@@ -155,7 +155,7 @@ def run_job(job: Job) -> list[Run]:
     Raises:
         UsageError: Before any training, if something asked for is not possible.
         Interrupted: If the user asked to stop; how to go on has been said.
-        KeyboardInterrupt: If he asked a second time; the same, unless nothing had been done.
+        KeyboardInterrupt: If they asked a second time; the same, unless nothing had been done.
     """
     budget = job.budget()
     if not 0 <= job.seed < 2**31:

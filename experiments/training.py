@@ -1,8 +1,8 @@
 """One optimizer training one network for a number of seconds, or of steps.
 
-What counts as an optimizer's time: building it (with the import of its package), drawing its batches, its steps. What
-does not: evaluation, logging, checkpoints. The budget is checked between steps, so a run may overshoot by one step; the
-overshoot is part of the result.
+What counts as an optimizer's time: building it (with the import of its package where nothing imported it before),
+drawing its batches, its steps. What does not: evaluation, logging, checkpoints. The budget is checked between steps, so
+a run may overshoot by one step; the overshoot is part of the result.
 
 What counts as its samples: the rows of every loss that it asks of the closure, see `Training.loss`.
 """

@@ -15,7 +15,6 @@ python scripts/benchmark.py matmul-vjp --quick --out runs/mine
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 try:
@@ -30,7 +29,7 @@ try:
     from experiments.benchmark.products.workloads import NAMES
     from experiments.benchmark.replay import ReplayJob
     from experiments.benchmark.replay import run as run_replay
-    from experiments.command_line import Parser
+    from experiments.command_line import Parser, home_path
     from experiments.environment import UsageError
     from experiments.studies import STUDIES
     from experiments.studies.job import StudyJob
@@ -61,7 +60,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     default = Job()
     every = Parser(add_help=False)
     every.add_argument("--quick", action="store_true", help="as little as shows that all runs, and no more")
-    every.add_argument("--out", type=Path, metavar="DIR", help="where results go [runs/COMMAND, or runs/benchmark]")
+    every.add_argument(
+        "--out", type=home_path, metavar="DIR", help="where results go [runs/COMMAND, or runs/benchmark]"
+    )
     every.add_argument("--threads", type=int, default=default.threads, metavar="N", help="of torch [%(default)d]")
     every.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     common = Parser(add_help=False, parents=[every])
@@ -70,9 +71,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         "--seeds", nargs="+", type=int, default=default.seeds, metavar="N", help="runs [0 1 2; quick: 0]"
     )
     common.add_argument("--budget-seconds", type=float, metavar="S", help="of each run, in place of the problem's")
-    common.add_argument("--tuned", type=Path, metavar="FILE", help="settings found by --tune [the published ones]")
+    common.add_argument("--tuned", type=home_path, metavar="FILE", help="settings found by --tune [the published ones]")
     common.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="where the images of fashion-mnist are, or shall go"
+        "--data-root", type=home_path, metavar="DIR", help="where the images of fashion-mnist are, or shall go"
     )
     common.add_argument(
         "--jobs",
@@ -126,13 +127,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
     replay = commands.add_parser(
         "replay", allow_abbrev=False, help="the runs of `optimizers` again: are their losses the same to the last bit?"
     )
-    replay.add_argument("--out", type=Path, metavar="DIR", help="where results.json is [runs/benchmark]")
+    replay.add_argument("--out", type=home_path, metavar="DIR", help="where results.json is [runs/benchmark]")
     replay.add_argument("--problems", nargs="+", metavar="NAME", help="whose runs are repeated [all]")
     replay.add_argument("--optimizers", nargs="+", metavar="NAME", help="whose runs are repeated [all]")
     replay.add_argument("--seeds", nargs="+", type=int, metavar="N", help="whose runs are repeated [all]")
-    replay.add_argument("--tuned", type=Path, metavar="FILE", help="the settings of the runs [the published ones]")
+    replay.add_argument("--tuned", type=home_path, metavar="FILE", help="the settings of the runs [the published ones]")
     replay.add_argument("--jobs", type=int, default=1, metavar="N", help="0: all in this process [%(default)d]")
-    replay.add_argument("--data-root", type=Path, metavar="DIR", help="where the images of fashion-mnist are")
+    replay.add_argument("--data-root", type=home_path, metavar="DIR", help="where the images of fashion-mnist are")
     words = vars(parser.parse_args(arguments))
     command = words.pop("command")
     return command, COMMANDS[command][0](**words)

@@ -58,7 +58,7 @@ class Job:
         """Check what can be checked before a problem is made.
 
         Raises:
-            UsageError: If a number makes no sense.
+            UsageError: If a number makes no sense, or a file is not there.
         """
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads} is none; give 1 or more")
@@ -66,6 +66,8 @@ class Job:
             raise UsageError(f"--jobs {self.jobs} is negative; give the number of trials at a time")
         if self.trials is not None and self.trials < 1:
             raise UsageError(f"--trials {self.trials} tries nothing; give a positive number, or leave it out for all")
+        if self.tuned is not None and not self.tune and not self.tuned.exists():
+            raise UsageError(f"--tuned {str(self.tuned)!r} is no file; write it with --tune, or leave it out")
         for seed in self.all_seeds:
             if not 0 <= seed < 2**31:
                 raise UsageError(f"--seeds {seed} is out of range; give integers from 0 to {2**31 - 1}")
@@ -116,8 +118,6 @@ def run_optimizers(job: Job) -> list[Row]:
         raise UsageError(f"--optimizers {' '.join(job.optimizers or ())} takes none of these problems; add others")
     out = prepare_directory(job.out if job.out is not None else Path("runs") / "benchmark")
     where = job.tuned or (out / tuning.TUNED.name if job.quick and job.tune else tuning.TUNED)
-    if job.tuned is not None and not job.tune and not job.tuned.exists():
-        raise UsageError(f"--tuned {str(job.tuned)!r} is no file; write it with --tune, or leave it out")
     tuned = tuning.load(where)
     if job.tune:
         for problem in problems:

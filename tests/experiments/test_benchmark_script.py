@@ -146,3 +146,11 @@ def test_words_that_cannot_be_parsed(main: Main, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert exit_.value.code == 2 and captured.err.count("\n") == 1
     assert captured.err.startswith("benchmark.py: error: ")
+
+
+def test_the_home_of_a_path(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["optimizers", "--tuned=~/none.json"]) == 2
+    assert str(tmp_path / "none.json") in capsys.readouterr().err
