@@ -96,7 +96,7 @@ def muon(problem: Problem) -> list[Changes]:
 
 
 def shampoo(problem: Problem) -> list[Changes]:
-    """Lower rates than Adam's: its steps have RMSProp's length, which is greater at first for want of a correction.
+    """Rates like Adam's, for its steps have RMSProp's length; best known are those after a warm-up.
 
     Args:
         problem: What is to be solved.
@@ -104,7 +104,7 @@ def shampoo(problem: Problem) -> list[Changes]:
     Returns:
         `TRIALS` changes, the best guess first.
     """
-    return _scheduled((3e-3, 1e-3, 1e-2, 3e-4), _first_order_batches(problem))
+    return _scheduled((1e-2, 3e-2, 3e-3, 1e-1), _first_order_batches(problem))
 
 
 def sgd(problem: Problem) -> list[Changes]:
