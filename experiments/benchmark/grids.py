@@ -64,8 +64,7 @@ def _repeats_points(problem: Problem) -> bool:
 
 def _adam_rates(problem: Problem) -> tuple[float, float, float, float]:
     if problem.first_loss > _HIGH_LOSS:
-        # of the equation, which is stiff, the rates that deserve a trial lie within one decade
-        return (5e-3, 2e-3, 1e-2, 1e-3) if problem.outputs == 1 else (3e-3, 1e-3, 1e-2, 3e-2)
+        return 1e-2, 3e-3, 3e-2, 1e-3
     if _classifies(problem):
         return (3e-2, 1e-2, 1e-1, 3e-3)
     return (1e-2, 3e-2, 1e-1, 3e-3) if problem.dim == 2 else (1e-2, 3e-3, 3e-2, 1e-3)
