@@ -28,6 +28,7 @@ OTHERS = ("#555555", "#8C6D31", "#7B4173", "#999999")
 _LABELS = {"seconds": "seconds of training", "samples": "training samples"}
 INK = "#222222"
 _FAINT = "#BBBBBB"
+_LETTER = 0.017  # width of a letter of a name, as a share of the axis's
 
 
 def colour_of(name: str, index: int) -> str:
@@ -120,7 +121,10 @@ def _panel(axis: Any, problem: Problem, runs: Sequence[Run], against: str) -> No
 
 
 def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, pushed apart where ends are close, with room at the right.
+    """Write each name beside the end of its line, with room at the right.
+
+    Where names would lie on each other they are pushed apart, in their order; a thin line leads to a name that moved
+    from an end that has no other above or below it.
 
     Args:
         axis: A matplotlib axis, both scales logarithmic, its lines drawn.
@@ -133,12 +137,21 @@ def name_lines(axis: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     halo = [withStroke(linewidth=3, foreground="white")]  # a name may lie on another's line
     left, right = axis.get_xlim()
     axis.set_xlim(left, right * (right / left) ** 0.22)
-    low, high = (math.log(limit) for limit in axis.get_ylim())
-    gap = 0.055 * (high - low)
-    previous = -math.inf
+    low, high = axis.get_ylim()
+    gap = 0.055 * math.log(high / low)
+    letter = _LETTER * math.log(axis.get_xlim()[1] / left)
+    placed: list[tuple[float, float, float]] = []  # from, to, height: of the names so far, on logarithmic axes
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        height = max(math.log(y), previous + gap)
-        previous = height
+        start, stop = math.log(x), math.log(x) + (len(name) + 2) * letter
+        height = math.log(y)
+        for other_start, other_stop, other in sorted(placed, key=lambda one: one[2]):
+            if start < other_stop and other_start < stop and abs(height - other) < gap:
+                height = other + gap
+        placed.append((start, stop, height))
+        alone = sum(abs(math.log(x / other)) < letter for other, *_ in ends) == 1
+        if alone and height - math.log(y) > 0.3 * gap:
+            axis.plot([x, x], [y, math.exp(height)], color=colour, linewidth=0.8, alpha=0.7, clip_on=False)
+            axis.set_ylim(low, high)
         # A line that ends in the left half may have others to its right: its name goes above.
         above = math.log(x / left) < 0.5 * math.log(right / left)
         axis.annotate(

@@ -266,7 +266,7 @@ class Attempt:
         """Return sᵀ G_rec s; None where it would cost something that nobody asks for."""
         # groups of different lr turn the direction, and its curvature is another
         if direction.bend is not None and not isinstance(self._lr, Tensor):
-            damped = direction.value @ (self._shift * direction.value)
+            damped = (direction.value @ (self._shift * direction.value)).to(direction.bend.device)  # MPS cannot widen
             return (direction.bend - damped.to(direction.bend)) * (self._lr**2 / self._scale)
         settings, rule = self._settings, self._settings.damping_rule
         judged = rule.wants_ratio(self._number) or rule.wants_next_loss(self._number)

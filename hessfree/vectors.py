@@ -165,6 +165,9 @@ class ParameterVector(FlatSpace):
 
     def gradients_like(self, known: Tensor) -> Tensor:
         """Return `gradients()`; `known` `[P]` itself where it holds the same numbers, so that no copy is made."""
+        if known.device.type != "cpu":  # one wait for the device, and not one a parameter
+            found = self.gradients()
+            return known if torch.equal(found, known) else found
         pairs = zip(self.params, self.views(known), strict=True)
         if self._in_one_piece() and all(p.grad is not None and torch.equal(p.grad, t) for p, t in pairs):
             return known

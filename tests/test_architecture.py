@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hessfree"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
+    "precision",
     "vectors",
     "matmul",
     "report",

@@ -116,7 +116,7 @@ def _number(value: float) -> str:
     """Three digits, and where losses are near one the third behind the point, for they differ there."""
     if value < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.3f}" if 0.1 <= value < 2 else f"{value:.3g}" if value >= 2 else f"{value:.2g}"
+    return f"{value:.3f}" if 0.1 <= value < 2 else f"{value:.3g}" if value >= 2 else f"{value:#.2g}"
 
 
 def _share(one: Summary | None) -> str:

@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from hessfree.linearization.base import LinearizationError
 from hessfree.linearization.chunked import check_microbatch, chunks_of
 from hessfree.linearization.evaluation import arguments_of, same_numbers
+from hessfree.precision import unit
 from hessfree.recording import (
     BufferStates,
     Call,
@@ -121,7 +122,7 @@ class _Runner:
         if known.dtype.is_floating_point:
             assert self._first is not None
             rounded = [torch.finfo(dtype).eps for _, dtype in self._first.autocast]
-            tolerance = max(torch.finfo(known.dtype).eps, *rounded, 0.0) ** 0.5
+            tolerance = max(unit(known.dtype, known.device), *rounded, 0.0) ** 0.5
             return same_numbers(new, known, whole.detach().abs().max(), tolerance)
         return torch.equal(new, known)
 

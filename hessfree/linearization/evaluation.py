@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hessfree.precision import unit
 from hessfree.recording import (
     BufferStates,
     Call,
@@ -122,7 +123,7 @@ def same_numbers(new: Tensor, known: Tensor, largest: Tensor, tolerance: float |
     if new.shape != known.shape:
         return False
     if tolerance is None:
-        tolerance = torch.finfo(known.dtype).eps ** 0.5
+        tolerance = unit(known.dtype, known.device) ** 0.5
     return bool((new - known).abs().max() <= tolerance * largest)
 
 
@@ -217,7 +218,7 @@ class Evaluation:
             if new is None or old.value is None or not old.intact:
                 return False
             known = old.value if self.rows is None else old.value[self.rows]
-            precision = max(torch.finfo(old.dtype).eps, *rounded, 0.0)
+            precision = max(unit(old.dtype, known.device), *rounded, 0.0)
             tolerance = precision**0.5 if rounded or self.rows is not None else 8 * precision**0.75
             if not same_numbers(new, known, old.largest, tolerance):
                 return False

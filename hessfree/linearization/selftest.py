@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hessfree.linearization.base import Linearization
+from hessfree.precision import unit
 from hessfree.vectors import ParameterVector
 
 
@@ -30,7 +31,8 @@ def find_fault(
     v, other = (_random(parameters.size, parameters.values(), generator) for _ in range(2))
     u = _random(reference.space.size, reference.space.zeros(), generator)
     # a recording under autocast is only as good as its outputs' precision
-    tolerance = 8 * max(torch.finfo(dtype).eps for dtype in (*candidate.space.dtypes, *reference.space.dtypes)) ** 0.75
+    dtypes = (*candidate.space.dtypes, *reference.space.dtypes)
+    tolerance = 8 * max(unit(dtype, parameters.device) for dtype in dtypes) ** 0.75
 
     def differ(found: Tensor, truth: Tensor) -> bool:
         return not bool((found - truth).norm() <= tolerance * truth.norm())  # a NaN differs
@@ -51,7 +53,7 @@ def close(found: Tensor, truth: Tensor) -> bool:
     """Tell whether two ways to compute the same differ by rounding alone; true where the truth is not finite."""
     if not bool(truth.isfinite().all()):
         return True  # a network that diverged tells nothing
-    return bool((found - truth).norm() <= torch.finfo(truth.dtype).eps ** 0.75 * truth.norm())
+    return bool((found - truth).norm() <= unit(truth.dtype, truth.device) ** 0.75 * truth.norm())
 
 
 def _random(size: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -198,7 +198,7 @@ class OutputHessian:
     @functools.cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
         size = self.space.size
-        w = _random_vector().to(device=self.space.device, dtype=self.space.dtype)
+        w = _random_vector(self.space.device, self.space.dtype)
         w = w[:size] if size <= PERIOD else torch.cat([w] * (size // PERIOD) + [w[: size % PERIOD]])
         found = self._product(self.space.split(w))
         if len(found) == 1 and found[0] is not None and found[0].dtype == self.space.dtype:
@@ -226,6 +226,6 @@ def _misfit(form: Form, w: Tensor, y: Tensor) -> Tensor:
 
 
 @functools.cache
-def _random_vector() -> Tensor:
+def _random_vector(device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(1)
-    return torch.randn(PERIOD, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randn(PERIOD, generator=generator, dtype=torch.float32, device="cpu").to(device=device, dtype=dtype)

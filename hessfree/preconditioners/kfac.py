@@ -110,7 +110,7 @@ class KFAC(AveragedRefresh):
         measured = [i for i, layer in enumerate(layers) if inner[i] is not None and layer.place.weight not in given]
         if not share_factors(sample.ranks, layers, inner, outer, squares, measured):
             return state, "the ranks called different layers, and K-FAC keeps the factors it had"
-        if not all(bool(torch.isfinite(t).all()) for t in (*inner, *outer, *squares) if t is not None):
+        if not _finite([t for t in (*inner, *outer, *squares) if t is not None]):
             return state, "K-FAC met a number that is not finite in the network, and keeps the factors it had"
         keep = min(1 - 1 / updates, self.decay)
         blocks = list(resting)
@@ -256,3 +256,8 @@ def _pull_back(
     )
     pulled = iter(found)
     return [[next(pulled) for _ in layer.calls] for layer in layers], list(pulled)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether all numbers are finite: one wait for the device, and not one a tensor."""
+    return not tensors or bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())

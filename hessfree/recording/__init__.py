@@ -3,7 +3,7 @@
 from hessfree.recording.accumulation import BackwardCounter
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
 from hessfree.recording.buffers import BufferStates
-from hessfree.recording.calls import Call, CallTree, Output, Owners, space_of, twice_differentiable
+from hessfree.recording.calls import Call, CallTree, Output, Owners, space_of
 from hessfree.recording.checks import check_closure, check_reached, not_moved, not_repeated
 from hessfree.recording.closure import Closure, Recording, record, replay
 from hessfree.recording.cut import Cut, CutPlace, Path, call_at, explains_gradient, find_cut, make_cut
@@ -13,6 +13,7 @@ from hessfree.recording.random_state import GeneratorStates, RandomState
 from hessfree.recording.tail import Tail
 from hessfree.recording.together import Together
 from hessfree.recording.trace import Trace, collect_marks, mark_outputs, trace_loss
+from hessfree.recording.twice import twice_differentiable
 from hessfree.recording.world import World
 
 __all__ = [

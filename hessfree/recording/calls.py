@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -277,34 +274,3 @@ def _refuse_spread(module: nn.Module) -> None:
             "twice nor in forward mode, which products with the Jacobian need. Use DistributedDataParallel, with "
             "shard_vectors=True to divide the optimizer's vectors; or tensor parallelism (parallelize_module)"
         )
-
-
-@contextlib.contextmanager
-def twice_differentiable() -> Generator[None]:
-    """Make every forward pass inside differentiable twice.
-
-    Fused attention has neither forward mode nor double backward, and compiled modules no double
-    backward: their plain forms are exact, and enough.
-
-    Yields:
-        Nothing.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
-            _expect_hooks_on_compiled_modules()
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
-
-
-_HOOKS_ON_COMPILED = "Using `torch.compile.module.` when there are global hooks on modules"
-
-
-def _expect_hooks_on_compiled_modules() -> None:
-    """Keep compiled modules from warning of our hooks, which a second call for the same module does not disturb.
-
-    The filter stays: to take it back after every call would make Python show every other warning again.
-    """
-    if not any(f[1] is not None and f[1].pattern == _HOOKS_ON_COMPILED for f in warnings.filters):
-        warnings.filterwarnings("ignore", message=_HOOKS_ON_COMPILED, category=UserWarning)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessfree.distributed import silent
 from hessfree.recording.autocast import Autocast, autocast_as, autocast_now
-from hessfree.recording.calls import CallTree, twice_differentiable
+from hessfree.recording.calls import CallTree
 from hessfree.recording.checks import (
     check_gradients_untouched,
     check_returned,
@@ -28,6 +28,7 @@ from hessfree.recording.checks import (
 from hessfree.recording.random_state import GeneratorStates, RandomState
 from hessfree.recording.tail import leaves_of
 from hessfree.recording.trace import Trace, collect_marks
+from hessfree.recording.twice import twice_differentiable
 from hessfree.recording.world import World
 from hessfree.vectors import ParameterVector
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hessfree.recording.calls import Call, Output, twice_differentiable
+from hessfree.precision import unit
+from hessfree.recording.calls import Call, Output
 from hessfree.recording.checks import check_differentiable_again
 from hessfree.recording.leaf_hooks import leaf_hooks_off
 from hessfree.recording.tail import Tail
 from hessfree.recording.trace import Trace
+from hessfree.recording.twice import twice_differentiable
 from hessfree.vectors import ParameterVector
 
 Path = tuple[int, ...]
@@ -137,7 +139,8 @@ def explains_gradient(cut: Cut, recording: Trace, parameters: ParameterVector) -
     parts = parameters.flatten(cut.tail.direct)
     if used:
         parts = parts + _flat_grad(parameters, [e for e, _ in used], [g for _, g in used])
-    precision = max(torch.finfo(dtype).eps for dtype in {p.dtype for p in params} | {o.dtype for o in cut.outputs})
+    dtypes = {p.dtype for p in params} | {o.dtype for o in cut.outputs}
+    precision = max(unit(dtype, parameters.device) for dtype in dtypes)
     return bool((parts - whole).norm() <= precision**0.5 * whole.norm())
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hessfree.recording.autocast import autocast_as
-from hessfree.recording.calls import Output, twice_differentiable
+from hessfree.recording.calls import Output
 from hessfree.recording.leaf_hooks import leaf_hooks_off
+from hessfree.recording.twice import twice_differentiable
 
 
 class Tail:

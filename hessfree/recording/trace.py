@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hessfree.recording.buffers import BufferStates
-from hessfree.recording.calls import Call, CallTree, Output, twice_differentiable
+from hessfree.recording.calls import Call, CallTree, Output
+from hessfree.recording.twice import twice_differentiable
 
 _marking: list[list[Output]] = []
 

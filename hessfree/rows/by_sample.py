@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from hessfree.precision import unit
 from hessfree.rows.graph import OutputGraph
 from hessfree.rows.reach import Uses
 
@@ -227,7 +228,7 @@ def _in_order(gradient: Tensor, weighted: Tensor, weights: Tensor) -> bool:
         return False
     expected = gradient.reshape(len(weights), -1) * weights.to(gradient.dtype).unsqueeze(1)
     error = (weighted.reshape(len(weights), -1) - expected).norm()
-    return bool(error <= torch.finfo(gradient.dtype).eps ** 0.5 * expected.norm())
+    return bool(error <= unit(gradient.dtype, gradient.device) ** 0.5 * expected.norm())
 
 
 def _of_samples(graph: OutputGraph, weights: Tensor, leading: Leading) -> Tensor:

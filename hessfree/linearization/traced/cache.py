@@ -7,6 +7,7 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from hessfree.linearization.base import LinearizationError
@@ -107,6 +108,8 @@ class TraceCache:
             trace = Trace(network, parameters)
         except NotFiniteError:  # tells nothing of the network's next evaluation
             raise
+        except torch.OutOfMemoryError as error:  # nor does this: the next one may find more
+            raise LinearizationError(f"there is no memory to trace the network: {first_line(error)}") from error
         except LinearizationError as error:
             trace = str(error)
         except Exception as error:  # tracing is semi-private, and there is always another back end

@@ -129,8 +129,10 @@ def capture(joint: Joint) -> fx.GraphModule:
 
     examples = joint.examples()
     # make_fx notes the shape of each value as a fake tensor; without a mode to share it builds one a value, which
-    # records the stack each time and takes half of the whole trace
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    # records the stack each time and takes half of the whole trace; the mode is this thread's, and so must the backward
+    # pass be, which an accelerator has a thread for
+    shared = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    with shared, torch.autograd.set_multithreading_enabled(False):
         recorded = make_fx(joint)(*examples)
         if any(mutates(node) for node in recorded.graph.nodes):
             recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)

@@ -30,6 +30,7 @@ from hessfree.linearization.traced.nodes import describe, is_random
 from hessfree.linearization.traced.program import Program
 from hessfree.linearization.traced.saved import SavedState, read_saved
 from hessfree.linearization.traced.slots import Slots
+from hessfree.precision import unit
 from hessfree.recording import Output, RandomState, autocast_as
 from hessfree.vectors import FlatSpace, ParameterVector
 
@@ -89,7 +90,7 @@ class Trace:
         truth = self.space.flatten(values)
         if not bool(truth.isfinite().all()):
             raise NotFiniteError("the outputs of the network are not finite")
-        precision = max(torch.finfo(t.dtype).eps for t in values)
+        precision = max(unit(t.dtype, t.device) for t in values)
         if not bool((traced - truth).norm() <= 8 * precision * truth.norm()):
             raise LinearizationError("the traced network gives other outputs than the network")
 
@@ -249,7 +250,7 @@ def _agree(found: Tensor, truth: Tensor) -> bool:
         return bool((found != truth).sum() <= 1e-4 * truth.numel())
     if not truth.is_floating_point():
         return bool((found == truth).all())
-    return bool((found - truth).norm() <= torch.finfo(truth.dtype).eps ** 0.75 * truth.norm())
+    return bool((found - truth).norm() <= unit(truth.dtype, truth.device) ** 0.75 * truth.norm())
 
 
 @contextlib.contextmanager
