@@ -15,7 +15,7 @@ from hessfree.curvature import Curvature, CurvatureBuilder
 from hessfree.distributed import ALONE, Ranks, same_bits
 from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
-from hessfree.memory import Memory, Outcome, Pending, reduction_ratio
+from hessfree.memory import Memory, Outcome, Pending, reduction_ratio, rounding_noise
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
 from hessfree.operators import Deferred, Sharded
@@ -126,7 +126,8 @@ class Attempt:
         predicted = terms.predicted(alpha)
         change = found.loss - self._loss + terms.decay_change(alpha)
         ratio = reduction_ratio(change, predicted, self._loss, self._recording.loss.dtype)
-        if found.loss == self._loss and not math.isnan(ratio) and not self._recording.roots:
+        seen = abs(predicted) > rounding_noise(self._loss, self._recording.loss.dtype)
+        if found.loss == self._loss and seen and not self._recording.roots:
             replayable = False
             self._warn(not_moved(self._loss))
         self._facts |= {"loss_after": found.loss, "predicted_change": predicted, "reduction_ratio": ratio}
@@ -258,8 +259,7 @@ class Attempt:
         decayed = self._decay * step if self._decays else step.new_zeros(())
         numbers[1:1] = [theta @ decayed, step @ decayed] if self._decays else [decayed, decayed]
         bend = self._bend(direction, step)
-        if bend is not None:
-            numbers.append(bend.to(step))
+        numbers += [] if bend is None else [bend.to(step)]
         return ModelAlong(*torch.stack(numbers).tolist())
 
     def _bend(self, direction: Direction, step: Tensor) -> Tensor | None:

@@ -120,9 +120,38 @@ class Outcome:
 
 
 def reduction_ratio(change: float, predicted: float, loss: float, dtype: torch.dtype) -> float:
-    """Return actual over predicted change; NaN where the prediction is within the rounding of `loss` in `dtype`."""
-    noise = 10 * torch.finfo(dtype).eps * abs(loss)
-    return change / predicted if abs(predicted) > noise else math.nan
+    """Return ρ, actual over predicted change, each taken to be larger by the rounding of the loss where that matters.
+
+    Where a step is too small for its effect to be seen, ρ is near one, unless the loss rose by more than rounding: so λ
+    may fall until steps can be judged again (Conn, Gould & Toint 2000, sec. 17.4.2). Were ρ called unknown, a λ once
+    grown too large would stay so for ever, for it is what makes the steps small.
+
+    Args:
+        change: Of the loss.
+        predicted: By the model; negative.
+        loss: The recorded loss.
+        dtype: Its dtype.
+
+    Returns:
+        ρ; NaN where `change` is, or where there is nothing to compare.
+    """
+    noise = rounding_noise(loss, dtype)
+    if abs(predicted) > noise:
+        return change / predicted
+    return (change - noise) / (min(predicted, 0.0) - noise) if noise > 0 else math.nan
+
+
+def rounding_noise(loss: float, dtype: torch.dtype) -> float:
+    """Return by how much two evaluations of a loss may differ for rounding alone.
+
+    Args:
+        loss: Its value.
+        dtype: Its dtype.
+
+    Returns:
+        Ten units in its last place.
+    """
+    return 10 * torch.finfo(dtype).eps * abs(loss)
 
 
 def ratio_of_last(

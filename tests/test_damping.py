@@ -4,8 +4,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from hessfree import ConstantDamping, LevenbergMarquardt
+from hessfree import ConstantDamping, HessianFree, LevenbergMarquardt
+from hessfree.memory import reduction_ratio
 
 RULE = LevenbergMarquardt(every=1, omega=0.5, minimum=1e-3, maximum=10.0)
 
@@ -72,3 +75,47 @@ def test_constant() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LevenbergMarquardt(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "predicted", "expected"),
+    [
+        (-3.0, -4.0, 0.75),
+        (1.0, -4.0, -0.25),
+        (0.0, -1e-9, 1.0),  # too small to be seen: nothing speaks against the model
+        (-1e-5, -1e-9, 1.0),
+        (2e-3, -1e-9, 1 - 2e-3 / 1.1920929e-4),  # a rise that is more than rounding does
+        (0.0, 0.0, 1.0),
+        (0.0, 1e-9, 1.0),
+    ],
+)
+def test_the_ratio_of_changes(change: float, predicted: float, expected: float) -> None:
+    assert reduction_ratio(change, predicted, 100.0, torch.float32) == pytest.approx(expected, rel=0.1)
+
+
+def test_no_ratio_of_nothing() -> None:
+    assert math.isnan(reduction_ratio(math.nan, -1.0, 100.0, torch.float32))
+    assert math.isnan(reduction_ratio(math.nan, -1e-9, 100.0, torch.float32))
+    assert math.isnan(reduction_ratio(0.0, 0.0, 0.0, torch.float32))
+
+
+@pytest.mark.parametrize("test", ["replay", "next_loss"])
+def test_a_damping_far_too_high_comes_down_where_its_steps_cannot_be_seen(test: str) -> None:
+    """A loss of 250 with a valley 0.05 deep, as an autoencoder's near its end, and a λ that hides every step."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight = nn.Parameter(torch.tensor([[0.3, -0.1]]))
+    optimizer = HessianFree(
+        model.parameters(), damping=1e4, damping_rule=LevenbergMarquardt(every=1, omega=0.5, test=test)
+    )
+    x = torch.eye(2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 250 + model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(40):
+        optimizer.step(closure)
+    assert optimizer.param_groups[0]["damping"] < 1.0
+    assert float(model.weight.detach().norm()) < 1e-3

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.benchmark.measure import Row
 from experiments.benchmark.report import Summary, summarize
-from experiments.benchmark.suite import OURS, REFERENCE
+from experiments.benchmark.suite import CONTENDERS, OURS, REFERENCE
 from experiments.plots import COLOURS, OTHERS, label_ticks, name_lines, style_axis
 from experiments.results import score_name
 
@@ -165,8 +165,9 @@ def write_summary(path: Path, rows: Sequence[Row]) -> Path:
     """
     from matplotlib.figure import Figure
 
-    summaries = summarize(rows)
-    problems = list(dict.fromkeys(one.problem for one in summaries))
+    places = {name: place for place, name in enumerate(CONTENDERS)}  # one order, whichever ran first
+    summaries = sorted(summarize(rows), key=lambda one: places.get(one.optimizer, len(places)))
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
     figure = Figure(figsize=(11, 1.8 + 0.45 * len(problems)), dpi=150, layout="constrained")
     final, time = figure.subplots(1, 2, sharey=True)
     _dots(final, summaries, problems, "ratio")
@@ -203,9 +204,10 @@ def _dots(axis: Any, summaries: Sequence[Summary], problems: Sequence[str], pane
                 transform=axis.get_yaxis_transform(),
                 clip_on=False,
             )
-    left, right = axis.get_xlim()
-    room = max(0.15, 0.035 * len({one.optimizer for one in summaries}))
-    axis.set_xlim(left, right * (right / left) ** room)  # for the crosses, beside all dots
+    if any(math.isinf(getattr(one, panel)) for one in summaries):
+        left, right = axis.get_xlim()
+        room = max(0.15, 0.035 * len({one.optimizer for one in summaries}))
+        axis.set_xlim(left, right * (right / left) ** room)  # for the crosses, beside all dots
     label_ticks(axis.xaxis)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
