@@ -348,7 +348,8 @@ def test_what_is_nearly_a_closed_form_is_none() -> None:
 
 def test_outputs_longer_than_the_random_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hessfree.losses.output_hessian.PERIOD", 7)
-    monkeypatch.setattr("hessfree.losses.output_hessian._random_vector", lambda: randn(7).float())
+    drawn = randn(7).float()
+    monkeypatch.setattr("hessfree.losses.output_hessian._random_vector", lambda *where: drawn.to(*where))
     for name, words in (("mse", "scalar"), ("huber", "diagonal"), ("tokens", "softmax over 5")):
         hessian, _, _ = case_of(name)
         assert hessian.closed is not None
