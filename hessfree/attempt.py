@@ -15,7 +15,7 @@ from hessfree.curvature import Curvature, CurvatureBuilder
 from hessfree.distributed import ALONE, Ranks, same_bits
 from hessfree.groups import GroupValues
 from hessfree.line_search import Found, rounding
-from hessfree.memory import Memory, Outcome, Pending, reduction_ratio, rounding_noise
+from hessfree.memory import Memory, Outcome, Pending, reduction_ratio
 from hessfree.model_along import ModelAlong
 from hessfree.momentum import Direction
 from hessfree.operators import Deferred, Sharded
@@ -126,7 +126,7 @@ class Attempt:
         predicted = terms.predicted(alpha)
         change = found.loss - self._loss + terms.decay_change(alpha)
         ratio = reduction_ratio(change, predicted, self._loss, self._recording.loss.dtype)
-        seen = abs(predicted) > rounding_noise(self._loss, self._recording.loss.dtype)
+        seen = abs(predicted) > rounding(self._loss, self._recording.loss.dtype)
         if found.loss == self._loss and seen and not self._recording.roots:
             replayable = False
             self._warn(not_moved(self._loss))

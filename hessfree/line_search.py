@@ -46,9 +46,9 @@ class LineSearch(Protocol):
         ...
 
 
-def rounding(loss: float) -> float:
-    """Return the difference of two losses near `loss` that float32 arithmetic cannot tell from zero."""
-    return 10 * torch.finfo(torch.float32).eps * abs(loss)
+def rounding(loss: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the difference of two losses near `loss` that arithmetic in `dtype` cannot tell from zero."""
+    return 10 * torch.finfo(dtype).eps * abs(loss)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hessfree.line_search import rounding
 from hessfree.report import StepReport
 from hessfree.vectors import ParameterVector
 
@@ -135,23 +136,10 @@ def reduction_ratio(change: float, predicted: float, loss: float, dtype: torch.d
     Returns:
         ρ; NaN where `change` is, or where there is nothing to compare.
     """
-    noise = rounding_noise(loss, dtype)
+    noise = rounding(loss, dtype)
     if abs(predicted) > noise:
         return change / predicted
     return (change - noise) / (min(predicted, 0.0) - noise) if noise > 0 else math.nan
-
-
-def rounding_noise(loss: float, dtype: torch.dtype) -> float:
-    """Return by how much two evaluations of a loss may differ for rounding alone.
-
-    Args:
-        loss: Its value.
-        dtype: Its dtype.
-
-    Returns:
-        Ten units in its last place.
-    """
-    return 10 * torch.finfo(dtype).eps * abs(loss)
 
 
 def ratio_of_last(
